@@ -1,0 +1,63 @@
+"""Which base models there are, as data: where their weights are, how large their pictures, who scores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from iteris_sd.errors import UserError
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model.
+
+    `size`: side of its pictures in pixels. `scorer`: the name `scoring.load` knows. `steps`, `guidance`: defaults
+    that suit it. `objects`: generic things it can draw, for calibration prompts with a second object.
+    """
+
+    name: str
+    title: str
+    description: str
+    source: str
+    size: int
+    scorer: str
+    steps: int
+    guidance: float
+    objects: tuple[str, ...]
+
+
+BASES: dict[str, Base] = {
+    base.name: base
+    for base in (
+        Base(
+            name="storybook",
+            title="Storybook",
+            description="The small model that ships with this project: 128 px pictures of a drawn world, on any machine.",
+            source=str(ASSETS / "storybook"),
+            size=128,
+            scorer="storybook",
+            steps=20,
+            guidance=4.0,
+            objects=(
+                "red barn",
+                "grey cat",
+                "brown dog",
+                "blue teddybear",
+                "green tortoise plushy",
+                "yellow flower",
+                "brown wooden pot",
+                "pair of black sunglasses",
+            ),
+        ),
+    )
+}
+
+
+def find(name: str) -> Base:
+    """The base called `name`. Raises UserError when there is none."""
+    if name not in BASES:
+        raise UserError(f"There is no base model {name!r}; choose one of {', '.join(BASES)}.")
+    return BASES[name]

@@ -1,0 +1,267 @@
+"""The one road: Recipe → concepts → moments → merge → LoRA → pictures → scores, as a stream of events.
+
+`compose` is a generator. It yields an event at least once per denoising step, so closing it stops the work within
+one; the model is then as it was before.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from PIL import Image
+
+from iteris_sd.concepts import Library, Loaded, check_together
+from iteris_sd.errors import UserError
+from iteris_sd.lora import LoRA
+from iteris_sd.recipe import BASE_COLUMN, MethodUse, Recipe, fill
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iteris_sd.backbone import Backbone
+    from iteris_sd.calibration import Merged
+    from iteris_sd.samples import Inputs
+    from iteris_sd.scoring import Score, Scorer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is being done, in words, and how far it is: `done` of `total`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class MergeDone:
+    """A method's merged LoRA is ready."""
+
+    method: str
+    merged: Merged
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One finished picture, its scores, and the prompt it was drawn from."""
+
+    method: str
+    seed: int
+    image: Image.Image
+    prompt: str
+    score: Score
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """Everything a recipe led to; the last event. `seconds` by stage."""
+
+    recipe: Recipe
+    concepts: tuple[Loaded, ...]
+    merged: Mapping[str, Merged]
+    pictures: tuple[Picture, ...]
+    scorer: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """The learned tokens of all concepts."""
+        return all_tokens(self.concepts)
+
+    def picture(self, method: str, seed: int) -> Picture | None:
+        """The picture of one method and seed, if it was drawn."""
+        return next((p for p in self.pictures if (p.method, p.seed) == (method, seed)), None)
+
+
+Event = Progress | MergeDone | Picture | Composition
+
+
+def pick(recipe: Recipe, library: Library) -> list[Loaded]:
+    """Load the concepts of a recipe and check that they go together. Raises UserError."""
+    picked = [library.resolve(use.name).load() for use in recipe.concepts]
+    check_together(picked, recipe.base)
+    return picked
+
+
+def all_tokens(picked: Sequence[Loaded]) -> dict[str, Tensor]:
+    """The learned tokens of all concepts, loaded at once whatever the prompt says."""
+    return {token: vectors for one in picked for token, vectors in one.tokens.items()}
+
+
+def prompt_with_triggers(recipe: Recipe, picked: Sequence[Loaded]) -> str:
+    """The prompt that the merged model gets."""
+    return fill(recipe.prompt, [one.concept.trigger for one in picked])
+
+
+def prompt_in_plain_words(recipe: Recipe, picked: Sequence[Loaded]) -> str:
+    """The prompt for the base model and for the scorer, which know no learned tokens: triggers become class nouns."""
+    prompt = prompt_with_triggers(recipe, picked)
+    for one in picked:
+        prompt = re.sub(re.escape(one.concept.trigger), one.concept.class_noun, prompt, flags=re.IGNORECASE)
+        for token in one.tokens:
+            prompt = re.sub(re.escape(token) + r"\s*", "", prompt, flags=re.IGNORECASE)
+    return prompt
+
+
+def merge(
+    backbone: Backbone,
+    recipe: Recipe,
+    picked: Sequence[Loaded],
+    method: MethodUse,
+    inputs: Sequence[Inputs] | None,
+) -> Generator[Progress, None, Merged]:
+    """Merge the picked LoRAs by one method; yield progress, return the result. Tokens must be known already."""
+    from iteris_sd import calibration, samples
+
+    loras = weighted(recipe, picked)
+    fed = samples.for_merging(backbone, inputs) if inputs is not None else None
+    work = calibration.merge(backbone.layers, loras, fed, method.name, method.parameters)
+    with closing(work):
+        while True:
+            try:
+                step = next(work)
+            except StopIteration as stop:
+                return stop.value
+            yield Progress(f"Merging by {title(method.name)}: {step.stage}", step.step, step.steps)
+
+
+def weighted(recipe: Recipe, picked: Sequence[Loaded]) -> list[LoRA]:
+    """The concepts' LoRAs, scaled by their weights: what is sampled and merged."""
+    return [one.lora.scaled(use.weight) for one, use in zip(picked, recipe.concepts, strict=True)]
+
+
+def collect(
+    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded]
+) -> Generator[Progress, None, list[Inputs]]:
+    """Calibration samples of every concept; yield progress, return them. Tokens must be known already."""
+    from iteris_sd import samples
+
+    inputs, total = [], recipe.calibration.samples
+    for one, lora in zip(picked, weighted(recipe, picked), strict=True):
+        stage = f"Sampling inputs of {one.concept.title}"
+        yield Progress(stage, 0, total)
+        work = samples.gather(backbone, one, lora, recipe)
+        inputs.append((yield from _relayed(work, lambda done, stage=stage: Progress(stage, done, total))))
+    return inputs
+
+
+def needs_samples(methods: Sequence[MethodUse]) -> bool:
+    """Whether any of the methods looks at layer inputs."""
+    from iteris_sd.merging import registry
+
+    return any(m.name != BASE_COLUMN and registry.find(m.name).needs != "none" for m in methods)
+
+
+def title(method: str) -> str:
+    """A method's name for people."""
+    from iteris_sd.merging import registry
+
+    return "Base model" if method == BASE_COLUMN else registry.find(method).title
+
+
+def merge_all(
+    recipe: Recipe, library: Library
+) -> Generator[Event, None, tuple[list[Loaded], dict[str, Merged]]]:
+    """Load concepts, collect samples and merge by every method of the recipe; no pictures."""
+    from iteris_sd import backbone as backbones
+
+    yield Progress("Loading the base model", 0, 1)
+    picked = pick(recipe, library)
+    backbone = backbones.load(recipe.base)
+    for one in picked:
+        backbones.check_fit(one.lora, backbone.layers, f"The LoRA of {one.concept.name}")
+    with backbone.prepared(all_tokens(picked)):
+        merged = yield from _merged_by_all(backbone, recipe, picked)
+    return picked, merged
+
+
+def _merged_by_all(
+    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded]
+) -> Generator[Event, None, dict[str, Merged]]:
+    inputs = (yield from collect(backbone, recipe, picked)) if needs_samples(recipe.methods) else None
+    results: dict[str, Merged] = {}
+    for method in recipe.methods:
+        if method.name == BASE_COLUMN:
+            continue
+        since = time.perf_counter()
+        results[method.name] = yield from merge(backbone, recipe, picked, method, inputs)
+        yield MergeDone(method.name, results[method.name], time.perf_counter() - since)
+    return results
+
+
+def compose(recipe: Recipe, library: Library) -> Iterator[Event]:
+    """Do everything a recipe asks for; the last event is the Composition. Raises UserError before any work is lost."""
+    from iteris_sd import backbone as backbones
+    from iteris_sd import bases, scoring
+
+    started = time.perf_counter()
+    picked, merged = yield from merge_all(recipe, library)
+    merging_took = time.perf_counter() - started
+    backbone = backbones.load(recipe.base)
+    yield Progress("Loading the scorer", 0, 1)
+    scorer = scoring.load(bases.find(recipe.base).scorer)
+    references = {
+        one.concept.name: scorer.reference(pictures) for one in picked if (pictures := one.concept.pictures())
+    }
+    pictures: list[Picture] = []
+    with backbone.prepared(all_tokens(picked)):
+        for seed in recipe.seeds:
+            for method in recipe.methods:
+                lora = merged[method.name].lora if method.name in merged else None
+                picture = yield from _draw(
+                    backbone, recipe, picked, method.name, seed, lora, scorer, references
+                )
+                pictures.append(picture)
+                yield picture
+    seconds = {"merging": merging_took, "drawing": time.perf_counter() - started - merging_took}
+    yield Composition(recipe, tuple(picked), merged, tuple(pictures), scorer.name, seconds)
+
+
+def _draw(
+    backbone: Backbone,
+    recipe: Recipe,
+    picked: Sequence[Loaded],
+    method: str,
+    seed: int,
+    lora: LoRA | None,
+    scorer: Scorer,
+    references: Mapping[str, Tensor],
+) -> Generator[Progress, None, Picture]:
+    from iteris_sd import rendering
+
+    plain = prompt_in_plain_words(recipe, picked)
+    prompt = plain if method == BASE_COLUMN else prompt_with_triggers(recipe, picked)
+    settings = rendering.Settings(recipe.sampler, recipe.steps, recipe.guidance)
+    stage = f"Drawing {title(method)}, seed {seed}"
+    with backbone.prepared({}, lora):
+        work = rendering.render(backbone, prompt, recipe.negative, seed, settings)
+        image = yield from _relayed(work, lambda done: Progress(stage, done, recipe.steps))
+    (score,) = scorer.score([image], plain, references)
+    return Picture(method, seed, image, prompt, score)
+
+
+def _relayed(work: Generator[int, None, T], event: Callable[[int], Progress]) -> Generator[Progress, None, T]:
+    """Pass on the steps of an inner generator as events, and return its result."""
+    with closing(work):
+        while True:
+            try:
+                done = next(work)
+            except StopIteration as stop:
+                return stop.value
+            yield event(done)
+
+
+def run(recipe: Recipe, library: Library) -> Composition:
+    """`compose` without the stream."""
+    for event in compose(recipe, library):
+        if isinstance(event, Composition):
+            return event
+    raise UserError("The composition ended early.")

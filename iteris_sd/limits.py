@@ -1,0 +1,39 @@
+"""Every bound on input, in one place, with its reason."""
+
+# LoRA and embedding files
+MAX_FILE_BYTES = (
+    2 * 1024**3
+)  # the largest honest LoRA (rank 256, fp32, every layer of SD v1.5) is near 1.5 GB
+MAX_HEADER_BYTES = 16 * 1024**2  # a header of 10,000 tensors takes 2 MB; more is a corrupt length field
+MAX_TENSORS = 20_000  # SD v1.5 has about 400 adaptable layers, three tensors each
+MAX_RANK = 1024  # above it the "low rank" factors outweigh the SD v1.5 layers that they adapt
+MAX_WIDTH = 65_536  # no text-to-image layer is wider; keeps a forged shape from asking for all memory
+MAX_EMBEDDING_BYTES = 16 * 1024**2  # 64 vectors of 2048 numbers in float64 take 1 MB
+MAX_TOKEN_VECTORS = 64  # the text encoder sees 77 positions
+MAX_TOKEN_CHARS = 128  # a learned token is one word of a prompt
+
+# Merging
+MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper caps at 20
+MAX_COEFFICIENT = 1e3  # a larger ratio silences the other concepts altogether
+
+# Recipes
+MAX_CONCEPTS = 6  # the captions of more do not fit a picture, and moments grow with their number
+MAX_SEEDS = 16  # rows of the grid; more than a screen shows
+MAX_SEED = 2**32 - 1  # what every random generator in use accepts
+MAX_METHODS = 8  # columns of the grid
+MAX_PICTURES = 64  # seeds times methods: minutes of work on two cores
+MAX_STEPS = 100  # the paper's own number; more shows no gain
+MAX_GUIDANCE = 20.0  # beyond it pictures burn out
+MAX_WEIGHT = 4.0  # a LoRA applied more strongly than this breaks the base model
+MAX_PROMPT_CHARS = 1000  # 77 tokens are read; a thousand characters hold several times as many
+MAX_SAMPLES = 256  # calibration samples per concept; the paper takes 50
+MAX_TRAJECTORY_STEPS = 50  # denoising steps that calibration samples are taken from
+MAX_RECIPE_BYTES = 256 * 1024  # a recipe is a page of text
+
+# Concepts
+MAX_REFERENCES = 10  # reference pictures per concept
+MAX_PICTURE_PIXELS = 64 * 1024**2  # a large photograph; more is a decompression bomb
+MAX_NAME_CHARS = 64  # of a concept's name, trigger and class noun
+
+# Training
+MAX_PHOTOS = 100  # of one concept; a handful is usual, and all are held in memory

@@ -1,0 +1,129 @@
+"""The value everything passes along: {layer name: LowRank(down, up)} and its algebra.
+
+Row-vector convention, as in torch: a linear layer computes ``x @ W.T``.
+
+| symbol | shape              | meaning                                        |
+|--------|--------------------|------------------------------------------------|
+| down   | (r, in)            | first factor of the adapter                    |
+| up     | (out, r)           | second factor, scale already applied           |
+| ΔW     | (out, in)          | ``up @ down``, what the adapter adds to W0     |
+| M      | (in, in)           | a second moment of layer inputs, such as XᵀX   |
+
+A layer's name is ``<component>.<module path>``, components being ``unet`` and ``text_encoder``:
+``unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k``,
+``text_encoder.encoder.layers.0.self_attn.q_proj`` (no ``text_model.``, whatever the file or the module says).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """An exact low-rank change of one layer's weight: ΔW = up @ down.
+
+    Raises ValueError when the two factors do not fit each other.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def __post_init__(self) -> None:
+        if self.down.ndim != 2 or self.up.ndim != 2 or self.down.shape[0] != self.up.shape[1]:
+            raise ValueError(
+                f"expected (r, in) and (out, r), got {tuple(self.down.shape)} and {tuple(self.up.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows of ``down`` (an upper bound on the rank of ΔW)."""
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), the shape of ΔW."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def delta(self) -> Tensor:
+        """ΔW itself, (out, in); for tests and tools, the merging never forms it."""
+        return self.up @ self.down
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the layer's output: ``x @ ΔW.T``, (…, in) -> (…, out)."""
+        return (x @ self.down.T) @ self.up.T
+
+    def scaled(self, c: float) -> "LowRank":
+        """c·ΔW."""
+        return LowRank(self.down, self.up * c)
+
+    def padded(self, rank: int) -> "LowRank":
+        """The same ΔW written with ``rank`` ≥ r rows, the new ones zero."""
+        extra = rank - self.rank
+        return LowRank(
+            torch.nn.functional.pad(self.down, (0, 0, 0, extra)), torch.nn.functional.pad(self.up, (0, extra))
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LowRank":
+        """The same adapter on another device or in another dtype."""
+        return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype))
+
+    @staticmethod
+    def concatenate(adapters: "Sequence[LowRank]") -> "LowRank":
+        """Σ ΔW_n exactly, rank Σ r_n. Raises ValueError when the shapes differ or nothing is given."""
+        shapes = {adapter.shape for adapter in adapters}
+        if len(shapes) != 1:
+            raise ValueError(f"adapters of one layer must agree in shape, got {sorted(shapes)}")
+        return LowRank(torch.cat([a.down for a in adapters]), torch.cat([a.up for a in adapters], dim=1))
+
+
+def inner(a: LowRank, b: LowRank, M: Tensor | None = None) -> Tensor:
+    """tr(ΔW_a M ΔW_bᵀ) from the factors alone, M being the identity unless given; a float64 scalar.
+
+    With ``a is b`` and M = XᵀX this is ‖X ΔWᵀ‖²_F; without M it is the Frobenius inner product.
+    """
+    device = a.down.device if M is None else M.device
+    a, b = a.to(device, torch.float64), b.to(device, torch.float64)
+    left = a.down if M is None else a.down @ M.double()
+    return ((left @ b.down.T) * (a.up.T @ b.up)).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA(Mapping[str, LowRank]):
+    """One adapter per layer, a read-only mapping from layer name to LowRank."""
+
+    layers: Mapping[str, LowRank]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    def __getitem__(self, name: str) -> LowRank:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def scaled(self, c: float) -> "LoRA":
+        """c·ΔW in every layer: a concept's *weight*."""
+        return LoRA({name: adapter.scaled(c) for name, adapter in self.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LoRA":
+        """The same LoRA on another device or in another dtype."""
+        return LoRA({name: adapter.to(device, dtype) for name, adapter in self.items()})
+
+    def parts(self) -> dict[str, "LoRA"]:
+        """The LoRA split by component: {"unet": …, "text_encoder": …}, names unchanged."""
+        components = dict.fromkeys(name.partition(".")[0] for name in self)
+        return {c: LoRA({n: a for n, a in self.items() if n.partition(".")[0] == c}) for c in components}
+
+
+def working_dtype(adapters: Sequence[LowRank]) -> torch.dtype:
+    """The dtype a result made from these adapters is kept in: theirs, and float32 at least."""
+    return reduce(torch.promote_types, (t.dtype for a in adapters for t in (a.down, a.up)), torch.float32)

@@ -1,0 +1,81 @@
+"""What a method returns for one layer, and the least-squares solve that the data-driven methods share.
+
+| symbol   | shape       | meaning                                                               |
+|----------|-------------|-----------------------------------------------------------------------|
+| ΔW_n     | (out, in)   | up_n @ down_n, LoRA n at this layer                                   |
+| A        | (in, in)    | left side of the normal equations, symmetric positive definite        |
+| B_n      | (in, in)    | right side of term n: ΔWᵀ = A⁻¹ Σ_n B_n ΔW_nᵀ                         |
+| λ_n      | scalar      | weight of term n in the objective Σ_n λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖²_F    |
+
+B_n ΔW_nᵀ has rank r_n, so ΔW = Σ_n up_n · [down_n B_nᵀ A⁻¹]: keep the up_n, solve for Σ r_n columns
+only.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from iteris_sd.errors import UserError
+from iteris_sd.lora import LowRank, inner
+from iteris_sd.merging.moments import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """One layer's merged adapter, the weight of each term, and why terms were dropped (index -> reason)."""
+
+    adapter: LowRank
+    weights: tuple[float, ...]
+    dropped: Mapping[int, str] = field(default_factory=dict)
+
+
+def solve_terms(A: Tensor, terms: Sequence[tuple[LowRank, Tensor]]) -> LowRank:
+    """ΔW with ΔWᵀ = A⁻¹ Σ_n B_n ΔW_nᵀ for terms (ΔW_n, B_n); exact, rank Σ r_n, by Cholesky in float64.
+
+    Raises UserError when A or the result is not finite, or A is singular to working precision.
+    """
+    if not bool(A.isfinite().all()):
+        raise UserError("the moments of its inputs are not finite; use float32 or other samples.")
+    wide = [adapter.to(A.device, torch.float64) for adapter, _ in terms]
+    rhs = torch.cat([B @ adapter.down.T for adapter, (_, B) in zip(wide, terms, strict=True)], dim=1)
+    solved = LowRank(torch.cholesky_solve(rhs, _cholesky(A)).T, torch.cat([a.up for a in wide], dim=1))
+    if not bool(solved.down.isfinite().all() and solved.up.isfinite().all()):
+        raise UserError("its solution is not finite; check the LoRA files, or raise the regularisation.")
+    return solved
+
+
+def _cholesky(A: Tensor) -> Tensor:
+    """L with L Lᵀ = A. Raises UserError when A is not positive definite to working precision."""
+    L, info = torch.linalg.cholesky_ex(A)
+    pivots = L.diagonal()
+    limit = len(A) * torch.finfo(A.dtype).eps
+    if int(info) or not bool((pivots.min() / pivots.max()) ** 2 > limit):
+        raise UserError(
+            f"its {len(A)} × {len(A)} system is singular; use more samples, or raise the regularisation."
+        )
+    return L
+
+
+def adaptive_weight(adapter: LowRank, own: Tensor) -> float:
+    """λ = ‖ΔW‖²_F / ‖X ΔWᵀ‖²_F (eq. 8), from own = XᵀX (in, in); 0 where either vanishes to rounding."""
+    size = adapter.down.double().square().sum().item() * adapter.up.double().square().sum().item()
+    eps = torch.finfo(torch.float64).eps * len(own)
+    norm, energy = inner(adapter, adapter).item(), inner(adapter, adapter, own).item()
+    if norm <= eps * size or energy <= eps * size * own.norm().item():
+        return 0.0
+    return norm / energy
+
+
+def residual(
+    adapters: Sequence[LowRank], moments: Sequence[Moments], weights: Sequence[float], merged: LowRank
+) -> float | None:
+    """Σ λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖² / Σ λ_n ‖X_n ΔW_nᵀ‖² (eq. 5, relative); None where the latter is zero."""
+    left = wanted = 0.0
+    for adapter, m, weight in zip(adapters, moments, weights, strict=True):
+        energy = inner(adapter, adapter, m.own).item()
+        overlap = inner(merged, adapter, m.cross).item()
+        left += weight * (energy - 2 * overlap + inner(merged, merged, m.merged).item())
+        wanted += weight * energy
+    return max(0.0, left) / wanted if wanted > 0 else None

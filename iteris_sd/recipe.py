@@ -1,0 +1,195 @@
+"""What a person asked for: one validated value, JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from iteris_sd import bases, limits
+from iteris_sd.errors import UserError
+from iteris_sd.merging import registry
+
+BASE_COLUMN = "base"  # the reference column: no LoRA at all
+Sampler = Literal["ddim", "dpm++", "ddpm"]
+_PLACE = re.compile(r"\{(\d+)\}")
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ConceptUse(_Value):
+    """A picked concept: its name in the library (or a path, from a terminal) and how strongly it is applied."""
+
+    name: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0, le=limits.MAX_WEIGHT)] = 1.0
+
+
+class MethodUse(_Value):
+    """A column of the grid: `base` or a merging method, with its parameters."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodUse:
+        if self.name == BASE_COLUMN:
+            if self.parameters:
+                raise UserError("The base model has no parameters.")
+        elif self.name not in registry.METHODS:
+            known = ", ".join([BASE_COLUMN, *registry.METHODS])
+            raise UserError(f"There is no method {self.name!r}; choose from {known}.")
+        else:
+            registry.find(self.name).validate(self.parameters)
+        return self
+
+
+class Calibration(_Value):
+    """Where data-driven methods get layer inputs from.
+
+    `samples` prompts per concept, each with one latent from the concept's own trajectory of `steps` steps.
+    """
+
+    samples: Annotated[int, Field(ge=1, le=limits.MAX_SAMPLES)] = 50
+    steps: Annotated[int, Field(ge=1, le=limits.MAX_TRAJECTORY_STEPS)] = 10
+    seed: Annotated[int, Field(ge=0, le=limits.MAX_SEED)] = 0
+
+
+class Recipe(_Value):
+    """One composition: which concepts, which picture, by which methods, from which seeds, how drawn.
+
+    In `prompt`, `{0}`, `{1}` … stand for the trigger phrases of `concepts` in order; triggers may be written out, too.
+    """
+
+    version: Literal[1] = 1
+    base: str = "storybook"
+    concepts: tuple[ConceptUse, ...]
+    prompt: str
+    negative: Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS)] = ""
+    methods: tuple[MethodUse, ...] = (
+        MethodUse(name="base"),
+        MethodUse(name="linear"),
+        MethodUse(name="iteris"),
+    )
+    seeds: tuple[Annotated[int, Field(ge=0, le=limits.MAX_SEED)], ...] = (0, 1, 2, 3)
+    sampler: Sampler = "ddim"
+    steps: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] = 20
+    guidance: Annotated[float, Field(ge=1.0, le=limits.MAX_GUIDANCE)] = 4.0
+    calibration: Calibration = Calibration()
+
+    @field_validator("base")
+    @classmethod
+    def _base_exists(cls, base: str) -> str:
+        return bases.find(base).name
+
+    @field_validator("concepts")
+    @classmethod
+    def _concepts_bounded(cls, concepts: tuple[ConceptUse, ...]) -> tuple[ConceptUse, ...]:
+        _bounded(len(concepts), limits.MAX_CONCEPTS, "concept")
+        _distinct([c.name for c in concepts], "concept")
+        return concepts
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_bounded(cls, methods: tuple[MethodUse, ...]) -> tuple[MethodUse, ...]:
+        _bounded(len(methods), limits.MAX_METHODS, "method")
+        _distinct([m.name for m in methods], "method")
+        return methods
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_bounded(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        _bounded(len(seeds), limits.MAX_SEEDS, "seed")
+        _distinct(seeds, "seed")
+        return seeds
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_says_something(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise UserError("The prompt is empty; say what the picture should show.")
+        if len(prompt) > limits.MAX_PROMPT_CHARS:
+            raise UserError(
+                f"The prompt has {len(prompt)} characters; at most {limits.MAX_PROMPT_CHARS} are allowed."
+            )
+        return prompt.strip()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        pictures = len(self.seeds) * len(self.methods)
+        if pictures > limits.MAX_PICTURES:
+            raise UserError(
+                f"{len(self.seeds)} seeds by {len(self.methods)} methods make {pictures} pictures; "
+                f"at most {limits.MAX_PICTURES} are allowed."
+            )
+        for place in _PLACE.findall(self.prompt):
+            if int(place) >= len(self.concepts):
+                count = len(self.concepts)
+                raise UserError(
+                    f"The prompt speaks of {{{place}}}, but only {count} concepts are picked: "
+                    f"{{0}} to {{{count - 1}}}."
+                )
+        return self
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain values. Raises UserError with one sentence on the first thing that is wrong."""
+        try:
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            raise UserError(_sentence(error)) from error
+
+    @staticmethod
+    def read(path: Path) -> Recipe:
+        """A recipe from a JSON file. Raises UserError when it is missing, too large, no JSON, or no recipe."""
+        try:
+            if path.stat().st_size > limits.MAX_RECIPE_BYTES:
+                raise UserError(
+                    f"{path} is too large to be a recipe ({limits.MAX_RECIPE_BYTES} bytes at most)."
+                )
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is no recipe: it is not valid JSON.") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{path} is no recipe: a JSON object is expected, found {type(data).__name__}.")
+        return Recipe.of(data)
+
+    def json_text(self) -> str:
+        """The recipe as readable JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def fill(prompt: str, names: Sequence[str]) -> str:
+    """Put `names` in the places `{0}`, `{1}` … of a prompt."""
+    return _PLACE.sub(lambda place: names[int(place[1])], prompt)
+
+
+def _bounded(count: int, most: int, noun: str) -> None:
+    if not 1 <= count <= most:
+        raise UserError(f"Choose between 1 and {most} {noun}s, not {count}.")
+
+
+def _distinct(values: Sequence[object], noun: str) -> None:
+    twice = next((v for k, v in enumerate(values) if v in values[:k]), None)
+    if twice is not None:
+        raise UserError(f"The {noun} {twice} is given twice; give each {noun} once.")
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first complaint of pydantic, in our words where it was ours."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    where = " ".join(str(part) for part in first["loc"]) or "the recipe"
+    found = f", not {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+    return f"In the recipe, {where}: {first['msg'][0].lower()}{first['msg'][1:]}{found}."

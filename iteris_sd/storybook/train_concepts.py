@@ -1,0 +1,272 @@
+"""Stage `concepts`: a LoRA and a token for each individual, learnt from five pictures of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from iteris_sd import formats
+from iteris_sd.storybook import data, world
+from iteris_sd.storybook.pictures import contact_sheet
+from iteris_sd.storybook.train_unet import encoded
+from iteris_sd.training import Examples, Progress, Settings, Trained
+from iteris_sd.training import train as train_concept
+
+SETTINGS = Settings(
+    rank=8,
+    inversion_steps=100,
+    inversion_rate=5e-3,
+    lora_steps=300,
+    unet_rate=1.5e-3,
+    text_encoder_rate=3e-4,
+    token_rate=1e-3,
+    schedule="cosine",
+    batch=4,
+    prior_batch=4,
+    accumulation=1,
+    snr_cap=5.0,
+)
+
+TOKENS = {
+    "dog": "<biscuit>",
+    "cat": "<pepper>",
+    "teddybear": "<button>",
+    "tortoise-plushy": "<pebble>",
+    "flower": "<aurora>",
+    "wooden-pot": "<acorn>",
+    "barn": "<lucky>",
+    "sunglasses": "<disco>",
+}
+
+# A second, generic thing for each kind of individual, on the sample sheet.
+_BESIDE = ("next to a red barn", "and a grey cat", "to the left of a yellow flower", "next to a brown dog")
+_WITH_GLASSES = (
+    "a dog wearing {}",
+    "a teddybear wearing {}",
+    "{} next to a red barn",
+    "a grey cat wearing {}",
+)
+
+_OPENINGS = ("", "", "a photo of ", "a picture of ", "an illustration of ")
+PRIOR_OF_CLASS = 600  # generic scenes that show the class, so that its noun stays generic
+PRIOR_OTHERS = 300  # and that do not, so that nothing else is forgotten
+UNCAPTIONED = 0.1  # of the generic scenes' wordings, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An individual as it is named in prompts."""
+
+    name: str
+    token: str
+    number: int  # its place among the individuals; seeds come from it
+
+    @property
+    def individual(self) -> world.Individual:
+        """The look behind the name."""
+        return world.INDIVIDUALS[self.name]
+
+    @property
+    def noun(self) -> str:
+        """The class noun."""
+        return self.individual.cls
+
+    @property
+    def trigger(self) -> str:
+        """The learned token and the class noun."""
+        return f"{self.token} {self.noun}"
+
+    @property
+    def title(self) -> str:
+        """A title for people."""
+        return f"{self.token.strip('<>').capitalize()} the {self.noun}"
+
+    def phrases(self, words: str | None = None) -> tuple[str, ...]:
+        """The noun phrases that prompts may use for the trigger, or for other words of the same class."""
+        words = words or self.trigger
+        if world.CLASSES[self.noun].plural is None:
+            return (f"a {words}",)
+        return (words, f"a pair of {words}", f"a {words}")
+
+
+SUBJECTS = {name: Subject(name, token, k) for k, (name, token) in enumerate(TOKENS.items())}
+
+
+def references(subject: Subject) -> list[Image.Image]:
+    """Five pictures of the individual alone, one on each background."""
+    seeds = range(data.HELD_OUT + 1000 * (1 + subject.number), data.HELD_OUT + 1000 * (2 + subject.number))
+    return [
+        world.draw(world.place(subject.name, background, seed))
+        for background, seed in zip(world.BACKGROUNDS, seeds, strict=False)
+    ]
+
+
+def reference_captions(subject: Subject) -> list[list[str]]:
+    """The wordings of each reference picture: always with its background, so that the token need not learn it."""
+    return [
+        [f"{opening}{phrase} {place.phrase}" for opening in _OPENINGS for phrase in subject.phrases()]
+        for place in world.BACKGROUNDS.values()
+    ]
+
+
+def generic(
+    runs: Path, pipeline: StableDiffusionPipeline, scenes: int, subject: Subject, seed: int
+) -> Examples:
+    """Scenes of one and two generic things, mostly with the subject's class among them, from the training set."""
+    drawn = data.drawn(runs / "scenes", scenes)
+    latents = encoded(runs, pipeline.vae, drawn)
+    rng = np.random.default_rng((seed, subject.number))
+    of_class: list[int] = []
+    others: list[int] = []
+    for k in rng.permutation(len(drawn)).tolist():
+        shows = any(look.cls == subject.noun for look in world.sample(drawn.first + k).things)
+        rows, enough = (of_class, PRIOR_OF_CLASS) if shows else (others, PRIOR_OTHERS)
+        if len(rows) < enough:
+            rows.append(k)
+        elif len(of_class) == PRIOR_OF_CLASS and len(others) == PRIOR_OTHERS:
+            break
+    chosen = of_class + others
+    captions = [data.scene_captions(world.sample(drawn.first + k), drawn.first + k) for k in chosen]
+    blanked = [["" if rng.random() < UNCAPTIONED else text for text in wordings] for wordings in captions]
+    return Examples(latents[chosen].float(), blanked)
+
+
+def sheet_prompts(subject: Subject) -> list[str]:
+    """Prompts for the sample sheet: the individual alone, beside a generic thing, and its class without trigger."""
+    places = [place.phrase for place in world.BACKGROUNDS.values()]
+    phrase, plain = subject.phrases()[0], subject.phrases(subject.noun)[0]
+    if subject.noun == "sunglasses":
+        beside = [words.format(phrase) for words in _WITH_GLASSES]
+    else:
+        others = [words for words in _BESIDE if not words.endswith(subject.noun)]
+        beside = [f"{phrase} {words}" for words in others]
+    if subject.noun in world.RELATIONS["wearing"].first:
+        beside.append(f"{phrase} wearing sunglasses")
+    beside += ["a flower in {}", "a cat in {}"] if subject.noun == "wooden pot" else []
+    pairs = [f"{beside[k % len(beside)].format(phrase)} {place}" for k, place in enumerate(places)]
+    return [f"{phrase} {p}" for p in places] + pairs + [f"{plain} {p}" for p in places]
+
+
+def load(assets: Path) -> StableDiffusionPipeline:
+    """Storybook in float32."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        assets / "storybook", torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    )
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_sheet(assets: Path, subject: Subject, path: Path) -> None:
+    """References, then what plain diffusers draws with the files written: 20 steps, guidance 4."""
+    pipeline, folder = load(assets), assets / "concepts" / subject.name
+    pipeline.load_lora_weights(folder, weight_name="lora.safetensors")
+    pipeline.load_textual_inversion(
+        folder / "embeddings" / f"{subject.token}.safetensors", token=subject.token
+    )
+    rng = torch.Generator().manual_seed(subject.number)
+    settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0, "generator": rng}
+    pictures = pipeline(sheet_prompts(subject), **settings).images
+    places = len(world.BACKGROUNDS)
+    contact_sheet([*_opened(folder), *pictures], places, path)
+
+
+def _opened(folder: Path) -> list[Image.Image]:
+    """The reference pictures, from disk."""
+    paths = sorted((folder / "references").glob("*.png"))
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def _told(name: str, run: Generator[Progress, None, Trained]) -> Trained:
+    """Run a training to its end, with a line now and then."""
+    recent = 0.0
+    while True:
+        try:
+            progress = next(run)
+        except StopIteration as end:
+            trained: Trained = end.value
+            return trained
+        recent = progress.loss if progress.step == 1 else 0.95 * recent + 0.05 * progress.loss
+        if progress.step % 50 == 0 or progress.step == progress.steps:
+            print(f"{name}: {progress.stage} {progress.step}/{progress.steps} loss {recent:.5f}", flush=True)
+
+
+def _described(subject: Subject, settings: Settings, scenes: int) -> dict[str, Any]:
+    """What `concept.json` says."""
+    return {
+        "name": subject.name,
+        "title": subject.title,
+        "trigger": subject.trigger,
+        "token": subject.token,
+        "class_noun": subject.noun,
+        "base": "storybook",
+        "licence": "Apache-2.0",
+        "description": subject.individual.description,
+        "made": {
+            "command": "python -m iteris_sd.storybook.train --stage concepts",
+            "references": len(world.BACKGROUNDS),
+            "generic_scenes": PRIOR_OF_CLASS + PRIOR_OTHERS,
+            "scenes": scenes,
+            "seed": settings.seed,
+            "settings": {key: value for key, value in asdict(settings).items() if key != "seed"},
+        },
+    }
+
+
+def train(
+    runs: Path, assets: Path, scenes: int, steps: int | None = None, only: Sequence[str] | None = None
+) -> None:
+    """Train the concepts that `assets/concepts` lacks; `steps` replaces the number of steps of the LoRA.
+
+    `only` names the ones to make, all by default. `concept.json` is written last: a folder with it is complete.
+    """
+    pipeline: StableDiffusionPipeline | None = None
+    for subject in (SUBJECTS[name] for name in only or SUBJECTS):
+        folder = assets / "concepts" / subject.name
+        if (folder / "concept.json").exists():
+            continue
+        pipeline = pipeline or load(assets)
+        settings = replace(SETTINGS, seed=100 + subject.number)
+        if steps is not None:
+            settings = replace(settings, lora_steps=steps)
+        _make(runs, folder, scenes, subject, pipeline, settings)
+        draw_sheet(assets, subject, runs / "concepts" / f"{subject.name}.png")
+
+
+def _make(
+    runs: Path,
+    folder: Path,
+    scenes: int,
+    subject: Subject,
+    pipeline: StableDiffusionPipeline,
+    settings: Settings,
+) -> None:
+    """Train one concept and write its folder."""
+    began = time.perf_counter()
+    (folder / "references").mkdir(parents=True, exist_ok=True)
+    for k, picture in enumerate(references(subject), start=1):
+        picture.save(folder / "references" / f"{k}.png", optimize=True)
+    prior = generic(runs, pipeline, scenes, subject, settings.seed)
+    run = train_concept(
+        pipeline, _opened(folder), subject.token, subject.noun, settings, reference_captions(subject), prior
+    )
+    trained = _told(subject.name, run)
+    formats.write(folder / "lora.safetensors", trained.lora, dtype=torch.float16)
+    formats.write_embedding(
+        folder / "embeddings" / f"{trained.token}.safetensors", trained.token, trained.embedding
+    )
+    text = json.dumps(_described(subject, settings, scenes), indent=2, ensure_ascii=False)
+    partial = folder / ".concept.json.partial"
+    partial.write_text(f"{text}\n", encoding="utf-8")
+    partial.replace(folder / "concept.json")
+    print(f"{subject.name}: made in {time.perf_counter() - began:.0f} s", flush=True)

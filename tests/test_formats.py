@@ -1,0 +1,350 @@
+"""LoRA and embedding files: round trips, diffusers' loaders, and one clear sentence per bad file."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from iteris_sd import formats, limits
+from iteris_sd.errors import UserError
+from iteris_sd.lora import LoRA, LowRank
+from tests.toys import random_adapter
+
+Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TEXT_Q = "text_encoder.encoder.layers.0.self_attn.q_proj"
+FILE_TEXT_Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def adapter(out: int = 6, width: int = 4, rank: int = 2, seed: int = 0) -> LowRank:
+    return random_adapter(out, width, rank, torch.Generator().manual_seed(seed)).to(dtype=torch.float32)
+
+
+def peft(path: Path, metadata: dict[str, str] | None = None, **changes: Tensor | None) -> Path:
+    """A one-layer LoRA file by hand; ``changes`` replace its tensors, or with None remove them."""
+    tensors = {"down": adapter().down, "up": adapter().up, **changes}
+    keys = {"down": f"{Q}.lora_A.weight", "up": f"{Q}.lora_B.weight", "alpha": f"{Q}.alpha"}
+    save_file({keys.get(k, k): t for k, t in tensors.items() if t is not None}, path, metadata)
+    return path
+
+
+# Round trips
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([torch.float32, torch.float64]))
+def test_a_lora_is_read_back_as_written(tmp_path_factory, ranks: list[int], dtype: torch.dtype) -> None:
+    path = tmp_path_factory.mktemp("lora") / "some.safetensors"
+    rng = torch.Generator().manual_seed(sum(ranks))
+    names = (Q, TEXT_Q, Q.replace("to_q", "to_out.0"), TEXT_Q.replace("q_proj", "out_proj"))
+    lora = LoRA({n: random_adapter(6, 4, r, rng).to(dtype=dtype) for n, r in zip(names, ranks, strict=False)})
+    formats.write(path, lora, metadata={"made by": "tests"})
+    found = formats.read(path)
+    assert set(found.lora) == set(lora)
+    for name in lora:
+        assert found.lora[name].up.dtype == dtype
+        assert torch.equal(found.lora[name].delta(), lora[name].delta())
+    assert found.metadata["made by"] == "tests"
+    assert found.dialect == "diffusers"
+    assert not found.tokens
+
+
+def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
+    formats.write(tmp_path / "half.safetensors", LoRA({Q: adapter()}), dtype=torch.float16)
+    assert load_file(tmp_path / "half.safetensors")[f"{Q}.lora_A.weight"].dtype == torch.float16
+    found = formats.read(tmp_path / "half.safetensors").lora[Q]
+    assert found.down.dtype == torch.float32
+    torch.testing.assert_close(found.delta(), adapter().delta(), rtol=2e-3, atol=2e-3)
+
+
+def test_files_carry_text_model_and_names_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "text.safetensors"
+    formats.write(path, LoRA({TEXT_Q: adapter()}))
+    assert set(load_file(path)) == {f"{FILE_TEXT_Q}.lora_A.weight", f"{FILE_TEXT_Q}.lora_B.weight"}
+    save_file({k.replace("text_model.", ""): t for k, t in load_file(path).items()}, path)
+    assert list(formats.read(path).lora) == [TEXT_Q]
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"unet.lora_alpha": 8, "unet.r": 2}, 4.0),
+        ({"unet.lora_alpha": 8, "unet.use_rslora": True}, 8 / 2**0.5),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 1}}, 0.5),
+        ({"unet.lora_alpha": 2, "unet.alpha_pattern": {"attn2.to_q": 1, "n1.to_q": 5}}, 1.0),
+        ({"text_encoder.lora_alpha": 8}, 1.0),
+    ],
+)
+def test_the_scale_in_peft_metadata_is_applied(tmp_path: Path, config: dict[str, Any], scale: float) -> None:
+    path = peft(tmp_path / "scaled.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    torch.testing.assert_close(formats.read(path).lora[Q].delta(), scale * adapter().delta())
+
+
+def test_an_alpha_tensor_is_applied(tmp_path: Path) -> None:
+    path = peft(tmp_path / "alpha.safetensors", alpha=torch.tensor(1.0))
+    torch.testing.assert_close(formats.read(path).lora[Q].delta(), adapter().delta() / 2)
+
+
+def test_a_token_is_read_back_as_written(tmp_path: Path) -> None:
+    vectors = torch.randn(3, 8)
+    formats.write_embedding(tmp_path / "dog.safetensors", "<dog>", vectors)
+    token, found = formats.read_embedding(tmp_path / "dog.safetensors")
+    assert token == "<dog>"
+    assert torch.equal(found, vectors)
+    save_file({"<cat>": vectors[0].clone()}, tmp_path / "cat.safetensors")
+    assert formats.read_embedding(tmp_path / "cat.safetensors")[1].shape == (1, 8)
+
+
+def test_writing_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "some.safetensors"
+    formats.write(path, LoRA({Q: adapter()}))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="does not fit torch.float16"):
+        formats.write(path, LoRA({Q: adapter().scaled(1e9)}), dtype=torch.float16)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("iteris_sd.formats.writer.os.replace", fail)
+    with pytest.raises(UserError, match="cannot be written .No space left"):
+        formats.write(path, LoRA({Q: adapter(seed=1)}))
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# Bad files
+
+
+def raw(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def headed(path: Path, table: Any, data: bytes = b"") -> Path:
+    head = json.dumps(table).encode()
+    return raw(path, struct.pack("<Q", len(head)) + head + data)
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+
+
+def truncated(path: Path) -> Path:
+    return raw(path, peft(path).read_bytes()[:-8])
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda p: None, "cannot be read .No such file"),
+    "folder": (lambda p: p.mkdir(), "it is not a file"),
+    "empty": (lambda p: raw(p, b""), "empty or cut off"),
+    "text": (lambda p: raw(p, b"just some words, no tensors at all"), "header length makes no sense"),
+    "lfs pointer": (
+        lambda p: raw(p, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        "Git LFS pointer",
+    ),
+    "web page": (lambda p: raw(p, b"\n<!DOCTYPE html><html><body>404</body></html>"), "a web page"),
+    "zip": (lambda p: torch.save({"x": torch.ones(1)}, p), "zip archive or a PyTorch pickle"),
+    "absurd length": (
+        lambda p: raw(p, struct.pack("<Q", 2**63) + b"{}" * 50),
+        "header length makes no sense",
+    ),
+    "cut header": (lambda p: raw(p, peft(p).read_bytes()[:40]), "header length makes no sense"),
+    "truncated": (truncated, "cut off inside the tensor"),
+    "no JSON": (lambda p: raw(p, struct.pack("<Q", 8) + b"{broken}" * 3), "header is not JSON"),
+    "deep JSON": (lambda p: raw(p, struct.pack("<Q", 200_000) + b"[" * 200_000), "header is not JSON"),
+    "list": (lambda p: headed(p, [1, 2]), "header is not a table"),
+    "no tensors": (lambda p: headed(p, {}), "holds 0 tensors"),
+    "metadata": (
+        lambda p: headed(p, {"__metadata__": {"a": 1}, **entry()}, bytes(8)),
+        "metadata is not a table",
+    ),
+    "negative": (lambda p: headed(p, entry(shape=[-2]), bytes(8)), "describes the tensor 'x' badly"),
+    "no shape": (lambda p: headed(p, {"x": {"dtype": "F32"}}), "describes the tensor 'x' badly"),
+    "overlap": (lambda p: headed(p, entry(shape=[9]), bytes(8)), "describes the tensor 'x' badly"),
+    "forged": (
+        lambda p: headed(p, entry(shape=[2**40], data_offsets=[0, 2**42]), bytes(8)),
+        "cut off inside",
+    ),
+    "integers": (lambda p: save_file({"x": torch.ones(2, dtype=torch.int32)}, p), "of type I32"),
+    "no LoRA": (lambda p: save_file({"model.weight": torch.ones(2, 2)}, p), "no LoRA of a known layout"),
+    "no up": (lambda p: peft(p, up=None), "without the lora_B.weight"),
+    "no down": (lambda p: peft(p, down=None), "without the lora_A.weight"),
+    "mismatch": (lambda p: peft(p, up=torch.ones(6, 3)), "do not fit each other"),
+    "convolution": (lambda p: peft(p, down=torch.ones(2, 4, 3, 3)), "only LoRA on linear layers"),
+    "rank": (
+        lambda p: peft(p, down=torch.ones(limits.MAX_RANK + 1, 1), up=torch.ones(1, limits.MAX_RANK + 1)),
+        f"has rank {limits.MAX_RANK + 1}",
+    ),
+    "no rank": (lambda p: peft(p, down=torch.ones(0, 4), up=torch.ones(6, 0)), "has rank 0"),
+    "NaN": (lambda p: peft(p, up=torch.full((6, 2), float("nan"))), "NaN or infinity"),
+    "infinity": (lambda p: peft(p, down=torch.full((2, 4), float("inf"))), "NaN or infinity"),
+    "DoRA": (
+        lambda p: peft(p, None, **{f"{Q}.lora_magnitude_vector": torch.ones(6)}),
+        "only plain LoRA can be merged",
+    ),
+    "alpha": (lambda p: peft(p, alpha=torch.ones(2)), "should be one number"),
+    "config": (lambda p: peft(p, {"lora_adapter_metadata": "{"}), "is not JSON"),
+    "config list": (lambda p: peft(p, {"lora_adapter_metadata": "[]"}), "is not a table"),
+    "config alpha": (
+        lambda p: peft(p, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}),
+        "which is no number",
+    ),
+    "twice": (
+        lambda p: save_file({f"{stem}.lora_A.weight": torch.ones(2, 4) for stem in (TEXT_Q, FILE_TEXT_Q)}, p),
+        "twice, with and without text_model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_gets_one_clear_sentence(tmp_path: Path, case: str) -> None:
+    make, message = BAD[case]
+    path = tmp_path / "some.safetensors"
+    make(path)
+    with pytest.raises(UserError, match=message) as caught:
+        formats.read(path)
+    said = str(caught.value)
+    assert said.startswith("some.safetensors cannot be used: ")
+    assert said.endswith(".")
+    assert "\n" not in said
+
+
+def test_a_file_over_the_size_limit_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 100)
+    with pytest.raises(UserError, match="at most 100 are read"):
+        formats.read(peft(tmp_path / "big.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"<a>": torch.ones(4), "<b>": torch.ones(4)}, "holds 2 tensors"),
+        ({"<a>": torch.ones(2, 2, 2)}, r"\(vectors, width\) is expected"),
+        ({"<a>": torch.ones(limits.MAX_TOKEN_VECTORS + 1, 2)}, r"\(vectors, width\) is expected"),
+        ({"<a>": torch.full((4,), float("nan"))}, "NaN or infinity"),
+        ({"a\nb": torch.ones(4)}, "cannot be used in a prompt"),
+        ({" a": torch.ones(4)}, "cannot be used in a prompt"),
+        ({"a" * 1000: torch.ones(4)}, "cannot be used in a prompt"),
+    ],
+)
+def test_a_bad_embedding_gets_one_clear_sentence(
+    tmp_path: Path, tensors: dict[str, Tensor], message: str
+) -> None:
+    save_file(tensors, tmp_path / "token.safetensors")
+    with pytest.raises(UserError, match=message):
+        formats.read_embedding(tmp_path / "token.safetensors")
+
+
+# What diffusers makes of our files
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusionPipeline:
+    """A random Stable Diffusion of a few thousand parameters, built in memory."""
+    torch.manual_seed(0)
+    letters = [*"abcdefghijklmnopqrstuvwxyz<>", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz<>")]
+    vocabulary = {t: i for i, t in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    text = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(4,), norm_num_groups=2),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16),
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def attention_layers(pipeline: StableDiffusionPipeline) -> dict[str, nn.Linear]:
+    """Every attention projection of the pipeline under its canonical name."""
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+    return {
+        f"{component}.{path.removeprefix('text_model.')}": module
+        for component in ("unet", "text_encoder")
+        for path, module in getattr(pipeline, component).named_modules()
+        if path.endswith(ends) and isinstance(module, nn.Linear)
+    }
+
+
+@pytest.mark.parametrize("spread", [0, 3], ids=["equal ranks", "unequal ranks"])
+def test_diffusers_injects_every_layer_with_the_same_delta(pipeline, tmp_path: Path, spread: int) -> None:
+    layers = attention_layers(pipeline)
+    rng = torch.Generator().manual_seed(1)
+    lora = LoRA(
+        {
+            name: random_adapter(module.out_features, module.in_features, 2 + i % (spread + 1), rng).to(
+                dtype=torch.float32
+            )
+            for i, (name, module) in enumerate(layers.items())
+        }
+    )
+    assert len(lora.parts()["unet"]) > 20
+    assert len(lora.parts()["text_encoder"]) == 8
+    before = {name: module.weight.detach().clone() for name, module in layers.items()}
+    formats.write(tmp_path / "merged.safetensors", lora)
+    pipeline.load_lora_weights(tmp_path / "merged.safetensors")
+    injected = [
+        m for c in (pipeline.unet, pipeline.text_encoder) for m in c.modules() if hasattr(m, "lora_A")
+    ]
+    assert len(injected) == len(lora)
+    pipeline.fuse_lora(components=["unet", "text_encoder"])
+    for name, module in layers.items():
+        torch.testing.assert_close(module.weight - before[name], lora[name].delta(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_diffusers_saves_is_read(pipeline, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
+        unet_lora_adapter_metadata=config.to_dict(),
+    )
+    found = formats.read(tmp_path / "pytorch_lora_weights.safetensors").lora
+    layers = {n: m for n, m in pipeline.unet.named_modules() if hasattr(m, "lora_A")}
+    assert set(found) == {f"unet.{name}" for name in layers}
+    for name, module in layers.items():
+        torch.testing.assert_close(found[f"unet.{name}"].delta(), module.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_diffusers_loads_our_token(pipeline, tmp_path: Path, vectors: int) -> None:
+    learned = torch.randn(vectors, 8)
+    formats.write_embedding(tmp_path / "dog.safetensors", "<dog>", learned)
+    pipeline.load_textual_inversion(tmp_path / "dog.safetensors")
+    prompt = pipeline.maybe_convert_prompt("<dog>", pipeline.tokenizer)
+    ids = pipeline.tokenizer(prompt).input_ids[1:-1]
+    assert len(ids) == vectors
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], learned)

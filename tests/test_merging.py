@@ -1,0 +1,402 @@
+"""The merging methods and the engine that drives them, against Algorithm 1 written densely from the paper."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iteris_sd import calibration
+from iteris_sd.calibration import LayerReport, Merged, Samples, finish, measure, merge
+from iteris_sd.errors import UserError
+from iteris_sd.lora import LoRA, LowRank
+from iteris_sd.merging import METHODS, find, iteris, linear, regmean
+from iteris_sd.merging.moments import Moments
+from tests.reference import algorithm_1, closed_form, layer_inputs
+from tests.toys import Batch, Toy, attention_stack, distance, problem, random_adapter, text_encoder, worst
+
+TOYS = {"text encoder": text_encoder(), "attention stack": attention_stack()}
+EXACT = 1e-8
+
+
+@pytest.fixture(params=TOYS)
+def toy(request: pytest.FixtureRequest) -> Toy:
+    return TOYS[request.param]
+
+
+def run(
+    toy: Toy, loras: Sequence[LoRA], batches: Sequence[Batch], method: str = "iteris", **parameters
+) -> Merged:
+    return finish(merge(toy.modules, loras, toy.samples(batches), method, parameters))
+
+
+def reference(
+    toy: Toy, loras: Sequence[LoRA], batches: Sequence[Batch], alpha: float, iterations: int
+) -> dict[str, Tensor]:
+    return algorithm_1(toy.model, toy.run, [toy.dense(lora) for lora in loras], batches, alpha, iterations)
+
+
+# One layer
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    out=st.integers(1, 9),
+    width=st.integers(1, 9),
+    terms=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 14), st.floats(0.1, 10)), min_size=1, max_size=4
+    ),
+    log_alpha=st.floats(-5, 0),
+    seed=st.integers(0, 2**31),
+)
+def test_the_low_rank_solve_is_the_dense_closed_form(out, width, terms, log_alpha, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    adapters = [random_adapter(out, width, rank, rng) for rank, _, _ in terms]
+    X = [torch.randn(m, width, generator=rng, dtype=torch.float64) for _, m, _ in terms]
+    X_merged = [x + 0.3 * torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in X]
+    coefficients = [c for _, _, c in terms]
+    moments = [Moments.of(x, y) for x, y in zip(X, X_merged, strict=True)]
+    alpha = 10**log_alpha
+    found = iteris.solve(adapters, moments, alpha=alpha, coefficients=coefficients)
+    wanted = closed_form(X, X_merged, [a.delta() for a in adapters], alpha, coefficients)
+    assert found.adapter.rank == sum(rank for rank, _, _ in terms)
+    assert distance(found.adapter.delta(), wanted) < EXACT
+    assert not found.dropped
+
+
+@given(st.integers(1, 6), st.floats(-7, 0), st.integers(1, 12), st.integers(0, 2**31))
+def test_a_single_adapter_comes_back_whatever_alpha(rank, log_alpha, m, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    adapter = random_adapter(5, 8, rank, rng)
+    moments = Moments.of(torch.randn(m, 8, generator=rng, dtype=torch.float64))
+    found = iteris.solve([adapter], [moments], alpha=10**log_alpha).adapter
+    assert distance(found.delta(), adapter.delta()) < EXACT
+
+
+def test_linear_is_the_mean_of_the_deltas_not_of_the_factors() -> None:
+    rng = torch.Generator().manual_seed(0)
+    adapters = [random_adapter(5, 8, 3, rng) for _ in range(3)]
+    found = linear.solve(adapters).adapter
+    assert distance(found.delta(), torch.stack([a.delta() for a in adapters]).mean(0)) < 1e-14
+    factors = torch.stack([a.up for a in adapters]).mean(0) @ torch.stack([a.down for a in adapters]).mean(0)
+    assert distance(found.delta(), factors) > 0.5
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 0.9])
+def test_regmean_is_its_dense_formula(factor: float) -> None:
+    rng = torch.Generator().manual_seed(1)
+    adapters = [random_adapter(5, 8, rank, rng) for rank in (1, 2, 4)]
+    X = [torch.randn(6, 8, generator=rng, dtype=torch.float64) for _ in adapters]
+    off = torch.full((8, 8), factor, dtype=torch.float64).fill_diagonal_(1.0)
+    grams = [off * (x.T @ x) for x in X]
+    right = sum(G @ a.delta().T for G, a in zip(grams, adapters, strict=True))
+    found = regmean.solve(adapters, [Moments.of(x) for x in X], factor=factor).adapter
+    assert found.rank == 7
+    assert distance(found.delta(), torch.linalg.solve(sum(grams), right).T) < 1e-10
+
+
+def test_uniform_weights_without_regularisation_are_regmean_with_factor_one() -> None:
+    rng = torch.Generator().manual_seed(2)
+    adapters = [random_adapter(5, 8, rank, rng) for rank in (1, 3)]
+    moments = [Moments.of(torch.randn(20, 8, generator=rng, dtype=torch.float64)) for _ in adapters]
+    left = iteris.solve(adapters, moments, alpha=0.0, weights="uniform").adapter
+    assert distance(left.delta(), regmean.solve(adapters, moments, factor=1.0).adapter.delta()) < 1e-10
+
+
+def test_moments_add_up_over_batches() -> None:
+    x, y = torch.randn(2, 10, 4, dtype=torch.float64)
+    whole, halves = Moments.of(x, y), Moments.of(x[:3], y[:3]) + Moments.of(x[3:], y[3:])
+    for part in ("own", "cross", "merged"):
+        torch.testing.assert_close(getattr(halves, part), getattr(whole, part))
+    assert halves.count == whole.count == 10
+    assert whole.distance() == pytest.approx(float((x - y).square().sum()))
+
+
+@pytest.mark.parametrize("blind", ["up", "samples"])
+def test_a_vanished_term_is_dropped_and_reported(blind: str) -> None:
+    rng = torch.Generator().manual_seed(3)
+    adapters = [random_adapter(5, 8, 2, rng) for _ in range(2)]
+    X = [torch.randn(9, 8, generator=rng, dtype=torch.float64) for _ in range(2)]
+    if blind == "up":
+        adapters[0] = adapters[0].scaled(0.0)
+    else:  # project the samples off the rows of down, so that X ΔWᵀ is mere rounding
+        Q = torch.linalg.qr(adapters[0].down.T).Q
+        X[0] = X[0] - X[0] @ Q @ Q.T
+    found = iteris.solve(adapters, [Moments.of(x) for x in X])
+    assert "vanishes" in found.dropped[0]
+    assert found.weights[0] == 0.0
+    assert distance(found.adapter.delta(), adapters[1].delta()) < EXACT
+
+
+def test_nothing_left_gives_zero() -> None:
+    adapters = [random_adapter(5, 8, 2, torch.Generator().manual_seed(n)).scaled(0.0) for n in range(2)]
+    found = iteris.solve(adapters, [Moments.of(torch.randn(9, 8, dtype=torch.float64))] * 2)
+    assert set(found.dropped) == {0, 1}
+    assert not found.adapter.delta().any()
+
+
+# The engine
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), (1, 4, 2)])
+@pytest.mark.parametrize("alpha", [1e-4, 1e-2])
+def test_the_sweep_is_algorithm_1_run_to_convergence(toy: Toy, ranks: tuple[int, ...], alpha: float) -> None:
+    loras, batches = problem(toy, ranks)
+    found = run(toy, loras, batches, alpha=alpha)
+    assert found.passes == 1
+    assert worst(found.lora, reference(toy, loras, batches, alpha, iterations=8)) < EXACT
+    assert worst(found.lora, reference(toy, loras, batches, alpha, iterations=1)) > 1e-3
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 5])
+def test_iterations_are_algorithm_1_step_for_step(toy: Toy, iterations: int) -> None:
+    loras, batches = problem(toy, (2, 3))
+    found = run(toy, loras, batches, alpha=1e-4, iterations=iterations)
+    assert found.passes == iterations + 1
+    assert worst(found.lora, reference(toy, loras, batches, 1e-4, iterations)) < EXACT
+
+
+def test_enough_iterations_meet_the_sweep(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3, 1), seed=1)
+    assert worst(run(toy, loras, batches, iterations=8).lora, run(toy, loras, batches).lora) < EXACT
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_a_lora_alone_or_merged_with_itself_comes_back(toy: Toy, alpha: float, copies: int) -> None:
+    (lora,), (batch,) = problem(toy, (3,))
+    found = run(toy, [lora] * copies, [batch] * copies, alpha=alpha)
+    assert worst(found.lora, lora) < EXACT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_concepts_does_not_matter(toy: Toy, method: str) -> None:
+    loras, batches = problem(toy, (2, 1, 3))
+    one = run(toy, loras, batches, method)
+    other = run(toy, [loras[i] for i in (2, 0, 1)], [batches[i] for i in (2, 0, 1)], method)
+    assert worst(one.lora, other.lora) < EXACT
+
+
+def test_coefficients_favour_their_concept(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    first = toy.paths[0]  # nothing is upstream of it, so that only its own solve tells
+    x = layer_inputs(toy.model, toy.run, batches[0], [first])[first]
+
+    def miss(coefficient: float) -> float:
+        found = run(toy, loras, batches, coefficients=[coefficient, 1.0], alpha=1e-9).lora
+        name = f"{toy.component}.{first}"
+        return float((x @ (found[name].delta() - loras[0][name].delta()).T).norm())
+
+    misses = [miss(c) for c in (1e-3, 0.1, 1.0, 10.0, 1e3)]
+    assert misses == sorted(misses, reverse=True)
+    assert misses[-1] < 0.05 * misses[0]
+
+
+def test_a_coefficient_of_zero_leaves_the_concept_out(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    alone = run(toy, loras, batches, coefficients=[1.0, 0.0])
+    assert all(report.dropped == {1: "its coefficient is 0"} for report in alone.reports)
+    assert worst(alone.lora, loras[0]) < EXACT
+
+
+@pytest.mark.parametrize("iterations", [None, 3])
+def test_loras_that_touch_different_layers(toy: Toy, iterations: int | None) -> None:
+    _, batches = problem(toy, (1, 1, 1))
+    spans = [toy.paths[:5], toy.paths[3:8], toy.paths[4:]]
+    loras = [toy.lora(2 + n, seed=n, paths=span) for n, span in enumerate(spans)]
+    found = run(toy, loras, batches, iterations=iterations)
+    wanted = reference(toy, loras, batches, 1e-4, iterations=8 if iterations is None else iterations)
+    assert worst(found.lora, wanted) < EXACT
+    participants = {report.name.partition(".")[2]: report.participants for report in found.reports}
+    assert participants == {p: tuple(n for n in range(3) if p in spans[n]) for p in toy.paths}
+    first = f"{toy.component}.{toy.paths[0]}"
+    assert found.lora[first] is loras[0][first]
+
+
+def test_a_vanished_layer_is_reported_and_the_rest_is_merged(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    blank = next(iter(loras[0]))
+    loras[0] = LoRA({n: a.scaled(0.0) if n == blank else a for n, a in loras[0].items()})
+    found = run(toy, loras, batches)
+    assert [r.name for r in found.reports if r.dropped] == [blank]
+    assert all(bool(a.delta().isfinite().all()) for a in found.lora.values())
+
+
+def test_layers_fed_by_the_same_tensor_share_their_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = TOYS["attention stack"]
+    loras, batches = problem(toy, (2, 3))
+    made: list[int] = []
+    monkeypatch.setattr(calibration.Moments, "of", staticmethod(_counting(made, Moments.of)))
+    run(toy, loras, batches)
+    # Per block: q, k, v of attn1; its out; q of attn2; its out. And the text, once for both blocks.
+    assert len(made) == 2 * (2 * 4 + 1)
+
+
+def _counting(made: list[int], of):
+    def counted(*inputs):
+        made.append(1)
+        return of(*inputs)
+
+    return counted
+
+
+def test_reports_tell_how_well_it_fits_and_measure_agrees(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    samples = toy.samples(batches)
+    sweep = run(toy, loras, batches)
+    measured = measure(toy.modules, loras, sweep.lora, samples)
+    for told, seen in zip(sweep.reports, measured, strict=True):
+        assert told.name == seen.name
+        assert told.weights == pytest.approx(seen.weights)
+        assert told.residual == pytest.approx(seen.residual)
+        assert told.discrepancy == pytest.approx(seen.discrepancy, abs=1e-6)
+
+    def total(reports: Sequence[LayerReport]) -> float:
+        return sum(report.residual or 0.0 for report in reports)
+
+    average = measure(toy.modules, loras, run(toy, loras, batches, "linear").lora, samples)
+    assert total(measured) < 0.9 * total(average)
+    # Nothing is upstream of the first layer.
+    assert sweep.reports[0].discrepancy == pytest.approx(0.0, abs=1e-6)
+    assert (sweep.reports[-1].discrepancy or 0.0) > 0.01
+
+
+def test_single_precision_stays_close(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    wanted = run(toy, loras, batches, alpha=1e-3).lora
+    narrow = [tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in batches]
+    toy.model.float()
+    try:
+        found = run(toy, [lora.to(dtype=torch.float32) for lora in loras], narrow, alpha=1e-3).lora
+    finally:
+        toy.model.double()
+    assert {a.down.dtype for a in found.values()} == {torch.float32}
+    assert worst(found.to(dtype=torch.float64), wanted) < 1e-3
+
+
+def test_data_free_methods_need_no_samples(toy: Toy) -> None:
+    loras, _ = problem(toy, (2, 3))
+    found = finish(merge(toy.modules, loras, None, "linear"))
+    assert found.passes == 0
+    for name, adapter in found.lora.items():
+        assert distance(adapter.delta(), (loras[0][name].delta() + loras[1][name].delta()) / 2) < 1e-14
+
+
+def test_without_a_sweep_the_model_may_run_several_times(toy: Toy) -> None:
+    loras, halves = problem(toy, (2, 3))
+    _, others = problem(toy, (2, 3), seed=5)
+    whole = [
+        tuple(torch.cat(pair) for pair in zip(a, b, strict=True)) for a, b in zip(halves, others, strict=True)
+    ]
+    parts = [toy.samples(halves), toy.samples(others)]
+
+    def feed(groups: Sequence[int]) -> None:
+        for part in parts:
+            part.feed(groups)
+
+    twice = Samples(parts[0].rows, feed)
+    for method, parameters in (("regmean", {}), ("iteris", {"iterations": 2})):
+        found = finish(merge(toy.modules, loras, twice, method, parameters))
+        assert worst(found.lora, run(toy, loras, whole, method, **parameters).lora) < EXACT
+    with pytest.raises(UserError, match="twice in one sweep"):
+        finish(merge(toy.modules, loras, twice, "iteris"))
+
+
+def test_progress_comes_between_passes_and_stopping_leaves_the_model_clean(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    work = merge(toy.modules, loras, toy.samples(batches), "iteris", {"iterations": 3})
+    first = [next(work), next(work)]
+    assert [(p.step, p.steps) for p in first] == [(0, 4), (1, 4)]
+    work.close()
+    assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+# What can go wrong
+
+
+def test_a_singular_system_names_the_layer(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    few = [tuple(t[:1] for t in batch) for batch in batches]
+    with pytest.raises(
+        UserError, match=rf"Layer {toy.component}\.\S+ cannot be merged: .*singular.*regularisation"
+    ):
+        run(toy, loras, few, alpha=0.0)
+    assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+@pytest.mark.parametrize("method", ["iteris", "regmean"])
+def test_a_non_finite_system_names_the_layer(toy: Toy, method: str) -> None:
+    loras, batches = problem(toy, (2, 3))
+    name = f"{toy.component}.{toy.paths[3]}"
+    broken = [
+        LoRA({n: a.scaled(float("inf")) if n == name else a for n, a in lora.items()}) for lora in loras
+    ]
+    with pytest.raises(UserError, match=rf"Layer {toy.component}\.\S+ cannot be merged: .*not finite"):
+        run(toy, broken, batches, method)
+
+
+def test_loras_must_fit_the_model(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    name = next(iter(loras[1]))
+    misfit = LoRA({name: LowRank(torch.zeros(1, 3), torch.zeros(2, 1))})
+    with pytest.raises(UserError, match="LoRA 2 does not fit .*: it is 2 × 3"):
+        run(toy, [loras[0], misfit], batches)
+    with pytest.raises(UserError, match="LoRA 2 touches unet.nowhere, which this model does not have"):
+        run(toy, [loras[0], LoRA({"unet.nowhere": loras[1][name]})], batches)
+    with pytest.raises(UserError, match="only linear layers"):
+        finish(merge({**toy.modules, name: torch.nn.Conv2d(1, 1, 1)}, loras, toy.samples(batches), "iteris"))
+    with pytest.raises(UserError, match="nothing to merge"):
+        run(toy, [], [])
+
+
+def test_samples_must_reach_every_contested_layer_with_all_rows(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    samples = toy.samples(batches)
+    for parameters in ({}, {"iterations": 1}):
+        with pytest.raises(UserError, match=f"do not reach {len(toy.paths)} of the layers"):
+            finish(
+                merge(toy.modules, loras, replace(samples, feed=lambda groups: None), "iteris", parameters)
+            )
+    with pytest.raises(UserError, match="rows where the samples have"):
+        finish(merge(toy.modules, loras, replace(samples, feed=lambda groups: samples.feed([0])), "iteris"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"alpha": -1}, "alpha must lie between 0 and 1"),
+        ({"alpha": float("nan")}, "alpha must be a number"),
+        ({"alpha": "much"}, "alpha must be a number"),
+        ({"iterations": 2.5}, "iterations must be a whole number"),
+        ({"iterations": 10**6}, "iterations must lie between"),
+        ({"weights": "equal"}, "weights must be one of adaptive, uniform"),
+        ({"coefficients": [0, 0]}, "must not all be zero"),
+        ({"coefficients": [1, -1]}, "coefficients must lie between 0"),
+        ({"coefficients": [1, 1, 1]}, "one number per concept, 2, not 3"),
+        ({"lambda": 1}, "IterIS has no parameter 'lambda'"),
+    ],
+)
+def test_parameters_are_checked(parameters: dict, message: str) -> None:
+    toy = TOYS["text encoder"]
+    loras, batches = problem(toy, (2, 3))
+    with pytest.raises(UserError, match=message):
+        run(toy, loras, batches, **parameters)
+
+
+def test_the_registry_lists_the_methods_without_torch() -> None:
+    assert list(METHODS) == ["linear", "regmean", "iteris"]
+    assert find("iteris").validate({"alpha": 1}) == {
+        "alpha": 1.0,
+        "weights": "adaptive",
+        "coefficients": None,
+        "iterations": None,
+    }
+    with pytest.raises(UserError, match="no merging method 'ties'; choose one of linear, regmean, iteris"):
+        find("ties")
+    code = "import sys, iteris_sd.merging; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -159,6 +160,8 @@ def check_fit(lora: LoRA, layers: Mapping[str, nn.Module], whose: str) -> None:
 def load(name: str = "storybook") -> Backbone:
     """The base model called `name`, loaded once per process. Raises UserError when there is none."""
     base = bases.find(name)
+    if not Path(base.source, "model_index.json").is_file():
+        raise UserError(f"The weights of {base.title} are not at {base.source}; fetch the whole project again.")
     pipeline = StableDiffusionPipeline.from_pretrained(
         base.source, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
     )

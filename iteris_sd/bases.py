@@ -35,7 +35,7 @@ BASES: dict[str, Base] = {
         Base(
             name="storybook",
             title="Storybook",
-            description="The small model that ships with this project: 128 px pictures of a drawn world, on any machine.",
+            description="The small model that ships with this project: a drawn world in 128 px, on any machine.",
             source=str(ASSETS / "storybook"),
             size=128,
             scorer="storybook",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -86,7 +86,7 @@ Event = Progress | MergeDone | Picture | Composition
 
 def pick(recipe: Recipe, library: Library) -> list[Loaded]:
     """Load the concepts of a recipe and check that they go together. Raises UserError."""
-    picked = [library.resolve(use.name).load() for use in recipe.concepts]
+    picked = [library.find(use.name).load() for use in recipe.concepts]
     check_together(picked, recipe.base)
     return picked
 
@@ -103,12 +103,13 @@ def prompt_with_triggers(recipe: Recipe, picked: Sequence[Loaded]) -> str:
 
 def prompt_in_plain_words(recipe: Recipe, picked: Sequence[Loaded]) -> str:
     """The prompt for the base model and for the scorer, which know no learned tokens: triggers become class nouns."""
+    plain = {token.lower(): "" for token in all_tokens(picked)}
+    plain |= {one.concept.trigger.lower(): one.concept.class_noun for one in picked}
+    longest_first = sorted(plain, key=len, reverse=True)
+    known = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in longest_first)
     prompt = prompt_with_triggers(recipe, picked)
-    for one in picked:
-        prompt = re.sub(re.escape(one.concept.trigger), one.concept.class_noun, prompt, flags=re.IGNORECASE)
-        for token in one.tokens:
-            prompt = re.sub(re.escape(token) + r"\s*", "", prompt, flags=re.IGNORECASE)
-    return prompt
+    found = re.sub(known, lambda words: plain[words[0].lower()], prompt, flags=re.IGNORECASE)
+    return " ".join(found.split())
 
 
 def merge(
@@ -197,7 +198,7 @@ def _merged_by_all(
     return results
 
 
-def compose(recipe: Recipe, library: Library) -> Iterator[Event]:
+def compose(recipe: Recipe, library: Library) -> Generator[Event, None, None]:
     """Do everything a recipe asks for; the last event is the Composition. Raises UserError before any work is lost."""
     from iteris_sd import backbone as backbones
     from iteris_sd import bases, scoring

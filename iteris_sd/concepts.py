@@ -13,7 +13,7 @@ Nothing here loads tensors until `load` is called, so that a page can list conce
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,14 +108,23 @@ class Library:
             )
         return self.concepts[name]
 
-    def resolve(self, name: str) -> Concept:
-        """Like `find`, but also takes the path of a concept folder or of a LoRA file (terminal only)."""
-        path = Path(name)
-        if name in self.concepts or not (path.suffix or "/" in name or path.exists()):
-            return self.find(name)
-        if path.is_dir():
-            return read_concept(path)
-        return from_file(path)
+    def opening(self, names: Iterable[str]) -> Library:
+        """The library and those of `names` that are paths of concept folders or LoRA files.
+
+        For a terminal, whose user may open any file; a page must not. Raises UserError when a path leads nowhere.
+        """
+        paths = [name for name in names if name not in self.concepts and _is_path(name)]
+        return Library({**self.concepts, **{name: _opened(Path(name)) for name in paths}})
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is meant as a path: it has a suffix or a folder in it, or it is there."""
+    path = Path(name)
+    return bool(path.suffix) or len(path.parts) > 1 or path.exists()
+
+
+def _opened(path: Path) -> Concept:
+    return read_concept(path) if path.is_dir() else from_file(path)
 
 
 def read_concept(folder: Path) -> Concept:
@@ -162,8 +171,12 @@ def from_file(
 
 
 def check_together(picked: Sequence[Loaded], base: str) -> None:
-    """Raise UserError when concepts cannot be used together: another base, or the same trigger or token twice."""
-    for one in picked:
+    """Raise UserError when concepts cannot be used together: another base, or a name, trigger or token twice."""
+    for k, one in enumerate(picked):
+        if any(one.concept.name == other.concept.name for other in picked[:k]):
+            raise UserError(
+                f"Two concepts are called {one.concept.name!r}; pick one of them, or rename its file or folder."
+            )
         if one.concept.base != base:
             raise UserError(
                 f"The concept {one.concept.name} was made for {one.concept.base}, not for {base}; "

@@ -50,7 +50,7 @@ def prompts(concept: Concept, objects: Sequence[str], count: int) -> list[str]:
 
 
 def gather(backbone: Backbone, loaded: Loaded, lora: LoRA, recipe: Recipe) -> Generator[int, None, Inputs]:
-    """Samples of one concept under its own `lora`; yield after each batch how many are ready.
+    """Samples of one concept under its own `lora`; yield at each denoising step how many are ready.
 
     The backbone must know the concept's tokens already.
     """
@@ -66,7 +66,8 @@ def gather(backbone: Backbone, loaded: Loaded, lora: LoRA, recipe: Recipe) -> Ge
     with backbone.prepared({}, lora):
         for k in range(0, chosen.samples, _BATCH):
             part = slice(k, k + _BATCH)
-            x, t = _stopped(backbone, texts[part], start[part], stops[part], recipe.guidance, chosen)
+            work = _stopped(backbone, texts[part], start[part], stops[part], recipe.guidance, chosen, k)
+            x, t = yield from work
             latents.append(x)
             times.append(t)
             yield min(k + _BATCH, chosen.samples)
@@ -81,8 +82,12 @@ def _stopped(
     stops: Tensor,
     guidance: float,
     chosen: Calibration,
-) -> tuple[Tensor, Tensor]:
-    """Denoise (m, c, h, w) and stop each row at its step: the latents and the times they were stopped at."""
+    ready: int,
+) -> Generator[int, None, tuple[Tensor, Tensor]]:
+    """Denoise (m, c, h, w) and stop each row at its step: the latents and the times they were stopped at.
+
+    Yields `ready`, how many samples there were before, after each denoising step, so that it can be stopped there.
+    """
     sampler = rendering.scheduler(backbone, rendering.Settings("ddim", chosen.steps))
     states, nothing = backbone.encode(texts), backbone.encode([""])
     latents = start * sampler.init_noise_sigma
@@ -91,6 +96,7 @@ def _stopped(
         both = states[on] if guidance == 1.0 else torch.cat([nothing.expand(len(on), -1, -1), states[on]])
         noise = rendering.guided(backbone, latents[on], time, both, guidance)
         latents[on] = sampler.step(noise, time, latents[on]).prev_sample
+        yield ready
     return latents, sampler.timesteps.to(start.device)[stops]
 
 

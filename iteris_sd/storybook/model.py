@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_WIDTH = 256
@@ -21,7 +22,7 @@ vase candle mushroom pumpkin cactus umbrella balloon castle forest desert city s
 sunset night morning dusk dawn rain autumn watercolour painting drawing sketch wearing sitting standing behind
 on top of under between three two colourful bright dark tall tiny huge fluffy shiny wooden golden silver
 turquoise lavender cream teal navy mint violet lime bandana scarf heart star bow photo picture illustration
-""".split()
+""".split()  # noqa: SIM905 - a hundred quoted words are harder to read
 
 
 def autoencoder() -> AutoencoderKL:
@@ -90,10 +91,6 @@ def train_tokenizer(captions: Iterable[str], directory: Path) -> CLIPTokenizer:
 
     CLIP marks the end of a word with `</w>`: every byte exists with and without it, then come the merges.
     """
-    import json
-
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()

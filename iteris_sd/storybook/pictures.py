@@ -13,7 +13,7 @@ from torch import Tensor
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """(n, h, w, 3) uint8 to (n, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
 def to_image(tensor: Tensor) -> Image.Image:

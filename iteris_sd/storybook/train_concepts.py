@@ -111,7 +111,7 @@ def references(subject: Subject) -> list[Image.Image]:
 
 
 def reference_captions(subject: Subject) -> list[list[str]]:
-    """The wordings of each reference picture: always with its background, so that the token need not learn it."""
+    """Wordings of each reference picture: always with its background, so that the token need not learn it."""
     return [
         [f"{opening}{phrase} {place.phrase}" for opening in _OPENINGS for phrase in subject.phrases()]
         for place in world.BACKGROUNDS.values()
@@ -121,7 +121,7 @@ def reference_captions(subject: Subject) -> list[list[str]]:
 def generic(
     runs: Path, pipeline: StableDiffusionPipeline, scenes: int, subject: Subject, seed: int
 ) -> Examples:
-    """Scenes of one and two generic things, mostly with the subject's class among them, from the training set."""
+    """Scenes of one and two generic things from the training set, most with the subject's class among them."""
     drawn = data.drawn(runs / "scenes", scenes)
     latents = encoded(runs, pipeline.vae, drawn)
     rng = np.random.default_rng((seed, subject.number))
@@ -141,7 +141,7 @@ def generic(
 
 
 def sheet_prompts(subject: Subject) -> list[str]:
-    """Prompts for the sample sheet: the individual alone, beside a generic thing, and its class without trigger."""
+    """Prompts of the sample sheet: the individual alone, beside a generic thing, its class without trigger."""
     places = [place.phrase for place in world.BACKGROUNDS.values()]
     phrase, plain = subject.phrases()[0], subject.phrases(subject.noun)[0]
     if subject.noun == "sunglasses":
@@ -228,7 +228,7 @@ def train(
 ) -> None:
     """Train the concepts that `assets/concepts` lacks; `steps` replaces the number of steps of the LoRA.
 
-    `only` names the ones to make, all by default. `concept.json` is written last: a folder with it is complete.
+    `only` names the ones to make, all by default. `concept.json` is written last: a folder with it is whole.
     """
     pipeline: StableDiffusionPipeline | None = None
     for subject in (SUBJECTS[name] for name in only or SUBJECTS):

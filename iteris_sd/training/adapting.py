@@ -7,10 +7,12 @@ in PEFT's layers around the linear ones, and leaving the context puts the origin
 import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank
@@ -54,7 +56,7 @@ class WithToken(nn.Module):
 
 
 @contextmanager
-def learned_token(text_encoder: nn.Module, token_id: int, vector: Tensor) -> Generator[nn.Parameter]:
+def learned_token(text_encoder: CLIPTextModel, token_id: int, vector: Tensor) -> Generator[nn.Parameter]:
     """Let the text encoder know ``token_id``, and yield the token's trainable vector (1, dim)."""
     base = text_encoder.get_input_embeddings()
     extended = WithToken(base, token_id, vector)
@@ -99,7 +101,7 @@ def adapted(
         model.__dict__.pop("peft_config", None)
 
 
-def _factors(layer: nn.Module, rng: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
+def _factors(layer: Any, rng: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
     down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     with torch.no_grad():
         down.copy_(torch.randn(down.shape, generator=rng) / down.shape[0])

@@ -18,12 +18,14 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from iteris_sd import limits
 from iteris_sd.errors import UserError
@@ -127,7 +129,7 @@ class _Set:
     ids: Sequence[Tensor]
 
     @staticmethod
-    def of(examples: Examples, tokenizer: nn.Module) -> "_Set":
+    def of(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> "_Set":
         def tokenised(wordings: Sequence[str]) -> Tensor:
             found = tokenizer(list(wordings), padding="max_length", truncation=True, return_tensors="pt")
             return found.input_ids
@@ -185,7 +187,7 @@ class _Loss:
 def _fit(
     stage: str,
     steps: int,
-    groups: list[dict],
+    groups: list[dict[str, Any]],
     loss: _Loss,
     own: _Set,
     prior: _Set | None,
@@ -227,7 +229,7 @@ def _share(step: int, steps: int, settings: Settings) -> float:
     return 1.0 if settings.schedule == "constant" else 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def _with_token(pipeline: StableDiffusionPipeline, token: str):
+def _with_token(pipeline: StableDiffusionPipeline, token: str) -> PreTrainedTokenizerBase:
     """A copy of the pipeline's tokenizer that knows ``token``; the pipeline's own stays as it is."""
     if not 1 <= len(token) <= limits.MAX_TOKEN_CHARS or not token.isprintable() or " " in token:
         raise UserError(f"The token {token[:40]!r} cannot be used: it must be one word, such as <my-dog>.")

@@ -1,0 +1,218 @@
+"""What a person takes away from a composition: the grid, the pictures, the scores, the recipe, the merged LoRAs.
+
+A folder or a pair of files is made beside its place and then moved there, so that nothing half-written stays.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL.PngImagePlugin import PngInfo
+
+from iteris_sd import __version__
+from iteris_sd.errors import UserError
+from iteris_sd.grid import grid
+from iteris_sd.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iteris_sd.calibration import Merged
+    from iteris_sd.composer import Composition, Picture
+    from iteris_sd.concepts import Loaded
+    from iteris_sd.lora import LoRA
+
+__all__ = [
+    "check_folder",
+    "check_lora_path",
+    "grid",
+    "lora_metadata",
+    "picture_name",
+    "picture_png",
+    "scores",
+    "write",
+    "write_lora",
+]
+
+SUFFIX = ".safetensors"
+_MADE_BY = f"iteris-sd {__version__}"
+
+
+def write(composition: Composition, folder: Path) -> None:
+    """Write everything into `folder`: all of it, or nothing.
+
+    Files of the same names are replaced, others are left alone. Raises UserError when the folder cannot be written.
+    """
+    with _assembled(folder) as draft:
+        grid(composition).save(draft / "grid.png")
+        for picture in composition.pictures:
+            (draft / picture_name(picture)).write_bytes(picture_png(picture, composition.recipe))
+        (draft / "scores.json").write_text(_json(scores(composition)), encoding="utf-8")
+        (draft / "recipe.json").write_text(composition.recipe.json_text(), encoding="utf-8")
+        for method, merged in composition.merged.items():
+            metadata = lora_metadata(composition.recipe, composition.concepts, merged)
+            write_lora(merged.lora, composition.tokens, draft / "merged" / f"{method}{SUFFIX}", metadata)
+
+
+def write_lora(lora: LoRA, tokens: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> list[Path]:
+    """Write `<name>.safetensors` and the learned tokens as `<name>.embeddings/<token>.safetensors`: all or nothing.
+
+    The two travel apart because diffusers refuses a LoRA file that carries tokens; loaded together, they draw our
+    picture there. Returns the files written. Raises UserError when the path has another ending or cannot be written.
+    """
+    from iteris_sd import formats
+
+    check_lora_path(path)
+    beside = f"{path.stem}.embeddings"
+    names = [path.name, *(f"{beside}/{name}" for name in _token_files(tokens))]
+    with _assembled(path.parent) as draft:
+        formats.write(draft / path.name, lora, metadata)
+        for name, (token, vectors) in zip(names[1:], tokens.items(), strict=True):
+            formats.write_embedding(draft / name, token, vectors)
+    return [path.parent / name for name in names]
+
+
+def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) -> dict[str, str]:
+    """What a merged LoRA's file says of itself: how it was made, from what, and the triggers it answers to."""
+    sources = [
+        {"name": c.concept.name, "trigger": c.concept.trigger, "licence": c.concept.licence, "weight": use.weight}
+        for c, use in zip(concepts, recipe.concepts, strict=True)
+    ]
+    return {
+        "made_by": _MADE_BY,
+        "base": recipe.base,
+        "method": merged.method,
+        "parameters": json.dumps(dict(merged.parameters)),
+        "calibration": json.dumps(recipe.calibration.model_dump(mode="json")),
+        "sources": json.dumps(sources, ensure_ascii=False),
+    }
+
+
+def picture_name(picture: Picture) -> str:
+    """The name of a picture's file."""
+    return f"{picture.method}_seed{picture.seed}.png"
+
+
+def picture_png(picture: Picture, recipe: Recipe) -> bytes:
+    """The picture as a PNG that says how it was made.
+
+    Two text entries: `parameters`, worded as other picture tools do; `iteris_sd`, JSON with the recipe, the method,
+    the seed, the prompt and the scores.
+    """
+    facts = {"made_by": _MADE_BY, "recipe": recipe.model_dump(mode="json"), **_facts(picture)}
+    entries = PngInfo()
+    entries.add_text("parameters", _parameters(picture, recipe))
+    entries.add_text("iteris_sd", json.dumps(facts, ensure_ascii=False))
+    content = io.BytesIO()
+    picture.image.save(content, format="PNG", pnginfo=entries)
+    return content.getvalue()
+
+
+def scores(composition: Composition) -> dict[str, Any]:
+    """Every picture's scores and their summary by method, with the scorer's name; plain values for JSON."""
+    from iteris_sd import scoring
+
+    return {
+        "scorer": composition.scorer,
+        "base": composition.recipe.base,
+        "seconds": dict(composition.seconds),
+        "summary": [asdict(row) for row in scoring.summarise(composition.pictures)],
+        "pictures": [{"file": picture_name(p), **_facts(p)} for p in composition.pictures],
+    }
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError when `folder` can be no folder to write into; called before the work, too."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; choose a folder to write into.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"Nothing may be written into {there}; choose another folder.")
+
+
+def check_lora_path(path: Path) -> None:
+    """Raise UserError when `path` can be no LoRA file to write; called before the work, too."""
+    if path.suffix != SUFFIX or path.is_dir():
+        raise UserError(f"A LoRA cannot be written to {path}; give it a name that ends in {SUFFIX}.")
+    check_folder(path.parent)
+
+
+def _facts(picture: Picture) -> dict[str, Any]:
+    """Method, seed, prompt and scores of one picture."""
+    return {
+        "method": picture.method,
+        "seed": picture.seed,
+        "prompt": picture.prompt,
+        "scores": asdict(picture.score),
+    }
+
+
+def _parameters(picture: Picture, recipe: Recipe) -> str:
+    facts = {
+        "Steps": recipe.steps,
+        "Sampler": recipe.sampler,
+        "CFG scale": f"{recipe.guidance:g}",
+        "Seed": picture.seed,
+        "Size": "{}x{}".format(*picture.image.size),
+        "Model": recipe.base,
+        "Method": picture.method,
+        "Concepts": " + ".join(f"{use.name} ({use.weight:g})" for use in recipe.concepts),
+        "Version": _MADE_BY,
+    }
+    negative = [f"Negative prompt: {recipe.negative}"] if recipe.negative else []
+    return "\n".join([picture.prompt, *negative, ", ".join(f"{name}: {fact}" for name, fact in facts.items())])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _token_files(tokens: Iterable[str]) -> list[str]:
+    """A file name for each token, all different, whatever characters a foreign token has."""
+    names: list[str] = []
+    for token in tokens:
+        name = re.sub(r"[^\w-]+", "_", token.strip("<>")) or "token"
+        while f"{name}{SUFFIX}".lower() in (other.lower() for other in names):
+            name += "_"
+        names.append(f"{name}{SUFFIX}")
+    return names
+
+
+@contextmanager
+def _assembled(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into; what is in it moves to `folder` if the block ends well, else it vanishes."""
+    check_folder(folder)
+    try:
+        # Inside the folder, where it exists: beside it may be another disk, and nothing moves there in one step.
+        around = folder if folder.exists() else folder.parent
+        around.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=around) as temporary:
+            draft = Path(temporary, "draft")
+            draft.mkdir()
+            yield draft
+            _move(draft, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}).") from error
+
+
+def _move(draft: Path, folder: Path) -> None:
+    """Put the files of `draft` into `folder`, which may exist."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    places = {file: folder / file.relative_to(draft) for file in draft.rglob("*") if file.is_file()}
+    for place in places.values():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
+            raise UserError(f"{place} is a folder where a file should be written; rename it.")
+    for file, place in places.items():
+        file.replace(place)

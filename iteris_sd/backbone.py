@@ -9,7 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
+import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
@@ -112,14 +114,13 @@ class Backbone:
                     f"The token {token!r} has the shape {tuple(vectors.shape)}, but {self.base.title} needs "
                     f"{(1, width)}; it was made for another model."
                 )
+        if known := tokens.keys() & self.tokenizer.get_vocab().keys():
+            raise UserError(f"The base model knows the token {min(known)!r} already; rename it.")
         tokenizer, grown = self.tokenizer, copy.deepcopy(self.tokenizer)
-        added = grown.add_tokens(list(tokens))
-        if added != len(tokens):
-            raise UserError(f"Some of the tokens {', '.join(tokens)} are ordinary words; rename them.")
+        grown.add_tokens(list(tokens))
         learned = torch.cat([v.to(table.weight) for v in tokens.values()])
-        first = len(grown) - added
         longer = nn.Embedding.from_pretrained(
-            torch.cat([table.weight.detach()[:first], learned]), freeze=True
+            torch.cat([table.weight.detach()[: len(tokenizer)], learned]), freeze=True
         )
         try:
             self.text_encoder.set_input_embeddings(longer)
@@ -161,9 +162,13 @@ def load(name: str = "storybook") -> Backbone:
     """The base model called `name`, loaded once per process. Raises UserError when there is none."""
     base = bases.find(name)
     if not Path(base.source, "model_index.json").is_file():
-        raise UserError(f"The weights of {base.title} are not at {base.source}; fetch the whole project again.")
+        raise UserError(
+            f"The weights of {base.title} are not at {base.source}; fetch the whole project again."
+        )
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # ours is the only one
     pipeline = StableDiffusionPipeline.from_pretrained(
-        base.source, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        base.source, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline.to(device).set_progress_bar_config(disable=True)

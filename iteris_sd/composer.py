@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image
 
 from iteris_sd.concepts import Library, Loaded, check_together
-from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA
 from iteris_sd.recipe import BASE_COLUMN, MethodUse, Recipe, fill
 
@@ -103,13 +102,12 @@ def prompt_with_triggers(recipe: Recipe, picked: Sequence[Loaded]) -> str:
 
 def prompt_in_plain_words(recipe: Recipe, picked: Sequence[Loaded]) -> str:
     """The prompt for the base model and for the scorer, which know no learned tokens: triggers become class nouns."""
-    plain = {token.lower(): "" for token in all_tokens(picked)}
+    plain = {token.lower(): one.concept.class_noun for one in picked for token in one.tokens}
     plain |= {one.concept.trigger.lower(): one.concept.class_noun for one in picked}
     longest_first = sorted(plain, key=len, reverse=True)
     known = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in longest_first)
     prompt = prompt_with_triggers(recipe, picked)
-    found = re.sub(known, lambda words: plain[words[0].lower()], prompt, flags=re.IGNORECASE)
-    return " ".join(found.split())
+    return re.sub(known, lambda words: plain[words[0].lower()], prompt, flags=re.IGNORECASE)
 
 
 def merge(
@@ -150,7 +148,7 @@ def collect(
         stage = f"Sampling inputs of {one.concept.title}"
         yield Progress(stage, 0, total)
         work = samples.gather(backbone, one, lora, recipe)
-        inputs.append((yield from _relayed(work, lambda done, stage=stage: Progress(stage, done, total))))
+        inputs.append((yield from _relayed(work, stage, total)))
     return inputs
 
 
@@ -172,6 +170,13 @@ def merge_all(
     recipe: Recipe, library: Library
 ) -> Generator[Event, None, tuple[list[Loaded], dict[str, Merged]]]:
     """Load concepts, collect samples and merge by every method of the recipe; no pictures."""
+    picked, backbone = yield from _begun(recipe, library)
+    with backbone.prepared(all_tokens(picked)):
+        return picked, (yield from _merged_by_all(backbone, recipe, picked))
+
+
+def _begun(recipe: Recipe, library: Library) -> Generator[Progress, None, tuple[list[Loaded], Backbone]]:
+    """Load concepts and base model, and check that they go together."""
     from iteris_sd import backbone as backbones
 
     yield Progress("Loading the base model", 0, 1)
@@ -179,9 +184,7 @@ def merge_all(
     backbone = backbones.load(recipe.base)
     for one in picked:
         backbones.check_fit(one.lora, backbone.layers, f"The LoRA of {one.concept.name}")
-    with backbone.prepared(all_tokens(picked)):
-        merged = yield from _merged_by_all(backbone, recipe, picked)
-    return picked, merged
+    return picked, backbone
 
 
 def _merged_by_all(
@@ -198,22 +201,25 @@ def _merged_by_all(
     return results
 
 
-def compose(recipe: Recipe, library: Library) -> Generator[Event, None, None]:
-    """Do everything a recipe asks for; the last event is the Composition. Raises UserError before any work is lost."""
-    from iteris_sd import backbone as backbones
+def compose(recipe: Recipe, library: Library) -> Generator[Event, None, Composition]:
+    """Do everything a recipe asks for; the last event is the Composition, which is also returned.
+
+    Raises UserError before any work is lost.
+    """
     from iteris_sd import bases, scoring
 
     started = time.perf_counter()
-    picked, merged = yield from merge_all(recipe, library)
-    merging_took = time.perf_counter() - started
-    backbone = backbones.load(recipe.base)
+    picked, backbone = yield from _begun(recipe, library)
     yield Progress("Loading the scorer", 0, 1)
     scorer = scoring.load(bases.find(recipe.base).scorer)
     references = {
-        one.concept.name: scorer.reference(pictures) for one in picked if (pictures := one.concept.pictures())
+        one.concept.name: scorer.reference(shown) for one in picked if (shown := one.concept.pictures())
     }
     pictures: list[Picture] = []
     with backbone.prepared(all_tokens(picked)):
+        merging = time.perf_counter()
+        merged = yield from _merged_by_all(backbone, recipe, picked)
+        drawing = time.perf_counter()
         for seed in recipe.seeds:
             for method in recipe.methods:
                 lora = merged[method.name].lora if method.name in merged else None
@@ -222,8 +228,11 @@ def compose(recipe: Recipe, library: Library) -> Generator[Event, None, None]:
                 )
                 pictures.append(picture)
                 yield picture
-    seconds = {"merging": merging_took, "drawing": time.perf_counter() - started - merging_took}
-    yield Composition(recipe, tuple(picked), merged, tuple(pictures), scorer.name, seconds)
+    ended = time.perf_counter()
+    seconds = {"loading": merging - started, "merging": drawing - merging, "drawing": ended - drawing}
+    made = Composition(recipe, tuple(picked), merged, tuple(pictures), scorer.name, seconds)
+    yield made
+    return made
 
 
 def _draw(
@@ -244,25 +253,25 @@ def _draw(
     stage = f"Drawing {title(method)}, seed {seed}"
     with backbone.prepared({}, lora):
         work = rendering.render(backbone, prompt, recipe.negative, seed, settings)
-        image = yield from _relayed(work, lambda done: Progress(stage, done, recipe.steps))
+        image = yield from _relayed(work, stage, recipe.steps)
     (score,) = scorer.score([image], plain, references)
     return Picture(method, seed, image, prompt, score)
 
 
-def _relayed(work: Generator[int, None, T], event: Callable[[int], Progress]) -> Generator[Progress, None, T]:
-    """Pass on the steps of an inner generator as events, and return its result."""
+def _relayed(work: Generator[int, None, T], stage: str, total: int) -> Generator[Progress, None, T]:
+    """Pass on the steps of an inner generator as progress of a stage, and return its result."""
     with closing(work):
         while True:
             try:
                 done = next(work)
             except StopIteration as stop:
-                return stop.value
-            yield event(done)
+                result: T = stop.value
+                return result
+            yield Progress(stage, done, total)
 
 
 def run(recipe: Recipe, library: Library) -> Composition:
     """`compose` without the stream."""
-    for event in compose(recipe, library):
-        if isinstance(event, Composition):
-            return event
-    raise UserError("The composition ended early.")
+    from iteris_sd import calibration
+
+    return calibration.finish(compose(recipe, library))

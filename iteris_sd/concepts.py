@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from iteris_sd.lora import LoRA
 
+_USUAL_STEMS = ("lora", "pytorch_lora_weights", "model")  # file names that say nothing of their content
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -111,10 +113,12 @@ class Library:
     def opening(self, names: Iterable[str]) -> Library:
         """The library and those of `names` that are paths of concept folders or LoRA files.
 
-        For a terminal, whose user may open any file; a page must not. Raises UserError when a path leads nowhere.
+        For a terminal, whose user may open any file; a page must not. Raises UserError when a name is unknown or a
+        path leads nowhere.
         """
-        paths = [name for name in names if name not in self.concepts and _is_path(name)]
-        return Library({**self.concepts, **{name: _opened(Path(name)) for name in paths}})
+        unknown = [name for name in names if name not in self.concepts]
+        found = {name: _opened(Path(name)) if _is_path(name) else self.find(name) for name in unknown}
+        return Library({**self.concepts, **found})
 
 
 def _is_path(name: str) -> bool:
@@ -133,10 +137,10 @@ def read_concept(folder: Path) -> Concept:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return Concept(
-            name=data["name"],
-            title=data["title"],
-            trigger=data["trigger"],
-            class_noun=data["class_noun"],
+            name=_word("name", data["name"]),
+            title=_word("title", data["title"]),
+            trigger=_word("trigger", data["trigger"]),
+            class_noun=_word("class noun", data["class_noun"]),
             lora=folder / "lora.safetensors",
             embeddings=tuple(sorted((folder / "embeddings").glob("*.safetensors"))),
             references=tuple(sorted((folder / "references").glob("*.png"))[: limits.MAX_REFERENCES]),
@@ -146,8 +150,12 @@ def read_concept(folder: Path) -> Concept:
         )
     except OSError as error:
         raise UserError(f"{folder} is no concept: {path.name} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no description of a concept: {error!r}.") from error
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no description of a concept: it is not a JSON object.") from error
+    except KeyError as error:
+        raise UserError(f"{path} is no description of a concept: it does not tell its {error}.") from error
 
 
 def from_file(
@@ -159,15 +167,21 @@ def from_file(
     """
     if not path.is_file():
         raise UserError(f"There is no concept and no file {str(path)!r}; `concepts` lists the names.")
-    stem = path.stem.replace("_", " ").replace("-", " ").strip() or "concept"
-    noun = class_noun.strip() or stem
-    words = {"name": name.strip() or path.stem, "trigger": trigger.strip() or noun, "class noun": noun}
-    for what, word in words.items():
-        if len(word) > limits.MAX_NAME_CHARS:
-            raise UserError(
-                f"The {what} has {len(word)} characters; at most {limits.MAX_NAME_CHARS} are allowed."
-            )
-    return Concept(words["name"], words["name"], words["trigger"], noun, path, base=base)
+    stem = path.absolute().parent.name if path.stem in _USUAL_STEMS else path.stem
+    name = _word("name", name or stem)
+    noun = _word("class noun", class_noun or stem.replace("_", " ").replace("-", " "))
+    return Concept(name, name, _word("trigger", trigger or noun), noun, path, base=base)
+
+
+def _word(what: str, word: object) -> str:
+    """A name for people, stripped. Raises UserError when it is no text, empty or too long."""
+    if not isinstance(word, str) or not word.strip():
+        raise UserError(f"The {what} of a concept must be a word or a few, not {word!r}.")
+    if len(word.strip()) > limits.MAX_NAME_CHARS:
+        raise UserError(
+            f"The {what} has {len(word.strip())} characters; at most {limits.MAX_NAME_CHARS} are allowed."
+        )
+    return word.strip()
 
 
 def check_together(picked: Sequence[Loaded], base: str) -> None:

@@ -63,7 +63,9 @@ def write(composition: Composition, folder: Path) -> None:
             write_lora(merged.lora, composition.tokens, draft / "merged" / f"{method}{SUFFIX}", metadata)
 
 
-def write_lora(lora: LoRA, tokens: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> list[Path]:
+def write_lora(
+    lora: LoRA, tokens: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+) -> list[Path]:
     """Write `<name>.safetensors` and the learned tokens as `<name>.embeddings/<token>.safetensors`: all or nothing.
 
     The two travel apart because diffusers refuses a LoRA file that carries tokens; loaded together, they draw our
@@ -84,7 +86,12 @@ def write_lora(lora: LoRA, tokens: Mapping[str, Tensor], path: Path, metadata: M
 def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) -> dict[str, str]:
     """What a merged LoRA's file says of itself: how it was made, from what, and the triggers it answers to."""
     sources = [
-        {"name": c.concept.name, "trigger": c.concept.trigger, "licence": c.concept.licence, "weight": use.weight}
+        {
+            "name": c.concept.name,
+            "trigger": c.concept.trigger,
+            "licence": c.concept.licence,
+            "weight": use.weight,
+        }
         for c, use in zip(concepts, recipe.concepts, strict=True)
     ]
     return {
@@ -169,7 +176,9 @@ def _parameters(picture: Picture, recipe: Recipe) -> str:
         "Version": _MADE_BY,
     }
     negative = [f"Negative prompt: {recipe.negative}"] if recipe.negative else []
-    return "\n".join([picture.prompt, *negative, ", ".join(f"{name}: {fact}" for name, fact in facts.items())])
+    return "\n".join(
+        [picture.prompt, *negative, ", ".join(f"{name}: {fact}" for name, fact in facts.items())]
+    )
 
 
 def _json(value: Any) -> str:

@@ -5,7 +5,7 @@ A sheet is put together from blocks: texts and pictures of a given width, set be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 

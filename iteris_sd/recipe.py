@@ -48,6 +48,14 @@ class MethodUse(_Value):
             registry.find(self.name).validate(self.parameters)
         return self
 
+    def check_concepts(self, count: int) -> None:
+        """Raise UserError when a parameter that has one number per concept has another number of them."""
+        dials = () if self.name == BASE_COLUMN else registry.find(self.name).parameters
+        for name in (dial.name for dial in dials if dial.scope == "concept"):
+            given = self.parameters.get(name)
+            if given is not None and len(given) != count:
+                raise UserError(f"{name} needs one number per concept, {count}, not {len(given)}.")
+
 
 class Calibration(_Value):
     """Where data-driven methods get layer inputs from.
@@ -127,13 +135,15 @@ class Recipe(_Value):
                 f"{len(self.seeds)} seeds by {len(self.methods)} methods make {pictures} pictures; "
                 f"at most {limits.MAX_PICTURES} are allowed."
             )
-        for place in _PLACE.findall(self.prompt):
-            if int(place) >= len(self.concepts):
+        for place in places(self.prompt):
+            if place >= len(self.concepts):
                 count = len(self.concepts)
                 raise UserError(
                     f"The prompt speaks of {{{place}}}, but only {count} concepts are picked: "
                     f"{{0}} to {{{count - 1}}}."
                 )
+        for use in self.methods:
+            use.check_concepts(len(self.concepts))
         return self
 
     @staticmethod
@@ -166,6 +176,11 @@ class Recipe(_Value):
     def json_text(self) -> str:
         """The recipe as readable JSON."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def places(prompt: str) -> list[int]:
+    """The numbers of the places `{0}`, `{1}` … that a prompt speaks of, in its order."""
+    return [int(place) for place in _PLACE.findall(prompt)]
 
 
 def fill(prompt: str, names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The trainer: what it makes, that it repeats itself, and that it leaves no trace in the pipeline."""
 
 from collections.abc import Generator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,16 +212,26 @@ def test_the_loss_falls_for_every_target(
 
 def test_files_load_in_plain_diffusers(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     trained, _ = finished(started(pipeline))
+    pipeline.tokenizer = deepcopy(pipeline.tokenizer)
     formats.write(tmp_path / "lora.safetensors", trained.lora)
-    formats.write_embedding(tmp_path / "rex.safetensors", TOKEN, trained.embedding)
-    layer = pipeline.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
-    base = layer.weight.clone()
+    formats.write_embedding(tmp_path / f"{TOKEN}.safetensors", TOKEN, trained.embedding)
+    names = (
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+        "text_encoder.encoder.layers.1.self_attn.q_proj",
+    )
+    linear = {}
+    for name in names:
+        component, _, path = name.partition(".")
+        found = dict(getattr(pipeline, component).named_modules())
+        linear[name] = found.get(path) or found[f"text_model.{path}"]
+    base = {name: layer.weight.clone() for name, layer in linear.items()}
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    pipeline.load_textual_inversion(tmp_path / f"{TOKEN}.safetensors", token=TOKEN)
+    token_id = pipeline.tokenizer.convert_tokens_to_ids(TOKEN)
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[token_id], trained.embedding[0])
     pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    delta = trained.lora["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"].delta()
-    fused = pipeline.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k").weight
-    torch.testing.assert_close(fused, base + delta)
+    for name, layer in linear.items():  # PEFT wraps these very layers, and fuses into them
+        torch.testing.assert_close(layer.weight, base[name] + trained.lora[name].delta())
 
 
 def test_photos_are_read_upright_and_cut_square(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ class Parameter:
             return self._numbers(value)
         return self._number(value)
 
+    def parse(self, text: str) -> Any:
+        """The value written in ``text``, as from a terminal; lists with commas. Raises UserError as ``validate``."""
+        words = [word.strip() for word in text.split(",")]
+        if self.default is None and text.strip().lower() in ("", "none"):
+            return None
+        if self.type == "choice":
+            return self.validate(text.strip())
+        try:
+            numbers = [float(word) for word in words]
+        except ValueError:
+            return self.validate(text)
+        return self.validate(numbers if self.type == "floats" else numbers[0] if len(numbers) == 1 else text)
+
     def _number(self, value: Any) -> float | int:
         kind = "a whole number" if self.type == "int" else "a number"
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -86,12 +99,17 @@ class Method:
 
     def validate(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Every parameter of the method, defaults filled in. Raises UserError for bad names or values."""
-        known = {parameter.name: parameter for parameter in self.parameters}
         for name in parameters:
-            if name not in known:
-                allowed = ", ".join(known) or "none"
-                raise UserError(f"{self.title} has no parameter {name!r}; its parameters: {allowed}.")
-        return {name: p.validate(parameters.get(name, p.default)) for name, p in known.items()}
+            self.parameter(name)
+        return {p.name: p.validate(parameters.get(p.name, p.default)) for p in self.parameters}
+
+    def parameter(self, name: str) -> Parameter:
+        """The parameter called ``name``. Raises UserError when there is none."""
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        allowed = ", ".join(parameter.name for parameter in self.parameters) or "none"
+        raise UserError(f"{self.title} has no parameter {name!r}; its parameters: {allowed}.")
 
     def scoped(self, parameters: Mapping[str, Any], scope: str) -> dict[str, Any]:
         """Those of the validated ``parameters`` whose scope is ``scope``."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,16 @@ class Plan:
         return torch.Generator().manual_seed(self.seed * 10_000_019 + step)
 
 
-Loss = Callable[[nn.Module, torch.Generator], Tensor]
-Sampler = Callable[[nn.Module, int], None]
+M = TypeVar("M", bound=nn.Module)
 
 
 def fit(
-    plan: Plan, module: nn.Module, loss: Loss, directory: Path, sampler: Sampler | None = None
-) -> nn.Module:
+    plan: Plan,
+    module: M,
+    loss: Callable[[M, torch.Generator], Tensor],
+    directory: Path,
+    sampler: Callable[[M, int], None] | None = None,
+) -> M:
     """Train `module` in place and return its exponential moving average.
 
     `directory` holds the checkpoint (weights, average, optimizer, step), the log and the curve; a run that finds
@@ -81,7 +85,8 @@ def fit(
 
 @torch.no_grad()
 def _follow(average: nn.Module, module: nn.Module, keep: float) -> None:
-    mine, theirs = list(average.parameters()), [p.detach() for p in module.parameters()]
+    mine: list[Tensor] = list(average.parameters())
+    theirs = [p.detach() for p in module.parameters()]
     torch._foreach_lerp_(mine, theirs, 1.0 - keep)
     for slow, fast in zip(average.buffers(), module.buffers(), strict=True):
         slow.copy_(fast)

@@ -26,14 +26,17 @@ turquoise lavender cream teal navy mint violet lime bandana scarf heart star bow
 
 
 def autoencoder() -> AutoencoderKL:
-    """128 px to 16×16×4 and back.  Eight channels at full resolution: that is where the time would go."""
+    """128 px to 16×16×4 and back.  Eight channels at full resolution: that is where the time would go.
+
+    All channels are normalised together: groups of one or two of the eight would lose a picture's overall colours.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 32, 64, 128),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=1,
         sample_size=128,
         mid_block_add_attention=False,
     )

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,10 @@ from iteris_sd.storybook.pictures import to_tensor
 
 CONTEXT = 48  # tokens; captions have at most 22, a long prompt in rare words about 40
 WIDTH = 128  # of the embedding that both towers share, and of the text tower
-VISION: Mapping[str, Any] = {
-    "layers": [1, 2, 2, 1],
-    "width": 16,
-    "head_width": 64,
-    "image_size": world.CANVAS,
-}
+SIDE = 96  # pictures are looked at in this size: marks still show, at under two thirds of the time of 128
+VISION: Mapping[str, Any] = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 64, "image_size": SIDE}
 
-LOOKS = 960  # particular things drawn for the second loss
+LOOKS = 640  # particular things drawn for the second loss
 VIEWS = 4  # pictures of each: two alone, two in company
 LOOKS_SEED = 20_000_000
 OTHERS_SEED = 30_000_000  # things never trained on
@@ -59,15 +56,24 @@ def particular_looks(count: int, seed: int) -> list[world.Look]:
     """
     rng = np.random.default_rng(seed)
     marks = {i.cls: i.look.mark for i in world.INDIVIDUALS.values()}
-    names, looks = tuple(world.CLASSES), dict[world.Look, None]()
-    while len(looks) < count:
-        spec = world.CLASSES[names[len(looks) % len(names)]]
-        colour, accent = rng.choice(list(spec.colours), 2, replace=False).tolist()
-        pattern = spec.patterns[int(rng.integers(len(spec.patterns)))]
-        mark = marks[spec.name] if rng.random() < 0.5 else None
-        seen = mark is not None or pattern != "plain"
-        looks[world.Look(spec.name, colour, pattern, mark=mark, accent=accent if seen else None)] = None
-    return list(looks)
+    decks = [rng.permutation(np.array(_all_looks(c, marks[c.name]), object)) for c in world.CLASSES.values()]
+    rounds = zip(*decks, strict=False)
+    looks = [look for row in rounds for look in row][:count]
+    if len(looks) < count:
+        raise ValueError(f"the world has no {count} different looks, only {len(looks)}")
+    return looks
+
+
+def _all_looks(spec: world.ClassSpec, mark: str | None) -> list[world.Look]:
+    """Every look of a class that shows; a second colour shows only in a mark or a pattern."""
+    colours = tuple(spec.colours)
+    return [world.Look(spec.name, colour) for colour in colours] + [
+        world.Look(spec.name, colour, pattern, mark=worn, accent=accent)
+        for colour, accent in permutations(colours, 2)
+        for pattern in spec.patterns
+        for worn in (None, mark)
+        if worn is not None or pattern != "plain"
+    ]
 
 
 def views(look: world.Look, seed: int) -> list[world.Scene]:
@@ -108,9 +114,14 @@ def drawn_views(directory: Path, looks: Sequence[world.Look], first: int, worker
 # ---------------------------------------------------------------- losses
 
 
+def looked_at(pixels: np.ndarray) -> Tensor:
+    """(n, h, w, 3) uint8 to (n, 3, SIDE, SIDE) in [-1, 1], as open_clip's own preprocessing does it."""
+    return F.interpolate(to_tensor(pixels), size=SIDE, mode="bicubic", antialias=True)
+
+
 def disturbed(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """Light, tint, softness and grain of (n, 3, h, w) changed a little, as generated pictures differ from drawn."""
-    n, side = len(pixels), int(torch.randint(40, 112, (), generator=rng))
+    n, side = len(pixels), int(torch.randint(32, 84, (), generator=rng))
     gain = 1 + 0.1 * torch.randn(n, 1, 1, 1, generator=rng)
     pixels = pixels * gain + 0.05 * torch.randn(n, 3, 1, 1, generator=rng)
     soft = torch.rand(n, generator=rng) < 0.4
@@ -139,14 +150,14 @@ def contrastive_loss(
         rows = cls + classes * torch.randperm(len(things) // classes, generator=rng)[:PAIRS].numpy()
         alone = torch.randint(VIEWS // 2, (PAIRS,), generator=rng).numpy()
         other = (alone + torch.randint(1, VIEWS, (PAIRS,), generator=rng).numpy()) % VIEWS
-        pixels = to_tensor(np.concatenate([things[rows, alone], things[rows, other]]))
+        pixels = looked_at(np.concatenate([things[rows, alone], things[rows, other]]))
         # One order of the colour channels for all, so that it tells nobody apart.
         return pixels[:, torch.randperm(3, generator=rng)]
 
     def loss(module: nn.Module, rng: torch.Generator) -> Tensor:
         rows, drawn = scenes.pick(batch, rng)
         tokens = ids[rows, torch.randint(ids.shape[1], (batch,), generator=rng)].long()
-        pixels = disturbed(torch.cat([to_tensor(drawn), pairs(rng)]), rng)
+        pixels = disturbed(torch.cat([looked_at(drawn), pairs(rng)]), rng)
         seen = module.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
         pictures, one, two = seen.split([batch, PAIRS, PAIRS])
         said = module.encode_text(tokens, normalize=True)
@@ -180,7 +191,7 @@ def full_captions(first: int, count: int) -> list[str]:
 @torch.no_grad()
 def embedded(module: nn.Module, pixels: np.ndarray) -> Tensor:
     """Normalised embeddings (n, d) of (n, 128, 128, 3) uint8."""
-    return torch.cat([module.encode_image(p, normalize=True) for p in to_tensor(pixels).split(32)])
+    return torch.cat([module.encode_image(p, normalize=True) for p in looked_at(pixels).split(32)])
 
 
 @torch.no_grad()
@@ -242,7 +253,7 @@ def configuration(vocabulary: int) -> dict[str, Any]:
             "std": [0.5, 0.5, 0.5],
             "interpolation": "bicubic",
             "resize_mode": "squash",
-            "size": world.CANVAS,
+            "size": SIDE,
         },
     }
 
@@ -268,7 +279,7 @@ def _tokenizer(assets: Path, captions: Sequence[Sequence[str]]) -> CLIPTokenizer
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def train(runs: Path, assets: Path, scenes: int, steps: int = 1600) -> None:
+def train(runs: Path, assets: Path, scenes: int, steps: int = 900) -> None:
     """Train and write `assets/scorer`; the figures go to `clip/figures.csv` under `runs`."""
     from open_clip.model import CLIP
 
@@ -281,7 +292,7 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 1600) -> None:
     )
     unseen = data.drawn(runs / "scenes", QUERIES, EVALUATED)
     full, usual = full_captions(EVALUATED, QUERIES), [wordings[0] for wordings in unseen.captions()]
-    # The same seed would give the same looks again: those not trained on come after them.
+    # Of one seed the same looks come first: those after them are not trained on.
     strangers = [
         *particular_looks(LOOKS + 64, LOOKS_SEED)[LOOKS:],
         *(i.look for i in world.INDIVIDUALS.values()),

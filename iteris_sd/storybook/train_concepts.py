@@ -81,6 +81,11 @@ class Subject:
         return self.individual.cls
 
     @property
+    def token_file(self) -> str:
+        """The file of the learned token: without angle brackets, which some file systems refuse."""
+        return f"{self.token.strip('<>')}.safetensors"
+
+    @property
     def trigger(self) -> str:
         """The learned token and the class noun."""
         return f"{self.token} {self.noun}"
@@ -121,7 +126,7 @@ def reference_captions(subject: Subject) -> list[list[str]]:
 def generic(
     runs: Path, pipeline: StableDiffusionPipeline, scenes: int, subject: Subject, seed: int
 ) -> Examples:
-    """Scenes of one and two generic things from the training set, most with the subject's class among them."""
+    """Generic scenes from the training set, of one and two things, most with one of the subject's class."""
     drawn = data.drawn(runs / "scenes", scenes)
     latents = encoded(runs, pipeline.vae, drawn)
     rng = np.random.default_rng((seed, subject.number))
@@ -141,7 +146,7 @@ def generic(
 
 
 def sheet_prompts(subject: Subject) -> list[str]:
-    """Prompts of the sample sheet: the individual alone, beside a generic thing, its class without trigger."""
+    """Prompts of the sheet: the individual alone, beside a generic thing, its class without trigger."""
     places = [place.phrase for place in world.BACKGROUNDS.values()]
     phrase, plain = subject.phrases()[0], subject.phrases(subject.noun)[0]
     if subject.noun == "sunglasses":
@@ -171,9 +176,7 @@ def draw_sheet(assets: Path, subject: Subject, path: Path) -> None:
     """References, then what plain diffusers draws with the files written: 20 steps, guidance 4."""
     pipeline, folder = load(assets), assets / "concepts" / subject.name
     pipeline.load_lora_weights(folder, weight_name="lora.safetensors")
-    pipeline.load_textual_inversion(
-        folder / "embeddings" / f"{subject.token}.safetensors", token=subject.token
-    )
+    pipeline.load_textual_inversion(folder / "embeddings" / subject.token_file, token=subject.token)
     rng = torch.Generator().manual_seed(subject.number)
     settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0, "generator": rng}
     pictures = pipeline(sheet_prompts(subject), **settings).images
@@ -262,9 +265,7 @@ def _make(
     )
     trained = _told(subject.name, run)
     formats.write(folder / "lora.safetensors", trained.lora, dtype=torch.float16)
-    formats.write_embedding(
-        folder / "embeddings" / f"{trained.token}.safetensors", trained.token, trained.embedding
-    )
+    formats.write_embedding(folder / "embeddings" / subject.token_file, trained.token, trained.embedding)
     text = json.dumps(_described(subject, settings, scenes), indent=2, ensure_ascii=False)
     partial = folder / ".concept.json.partial"
     partial.write_text(f"{text}\n", encoding="utf-8")

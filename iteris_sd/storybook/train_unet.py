@@ -77,11 +77,11 @@ def tokenised(tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]]) -> Te
 
 def denoising_loss(
     latents: Tensor, ids: Tensor, empty: Tensor, batch: int
-) -> Callable[[nn.Module, torch.Generator], Tensor]:
+) -> Callable[[nn.ModuleDict, torch.Generator], Tensor]:
     """The loss of `fit`: random scenes, a random wording of each, some without any."""
     noise = model.scheduler()
 
-    def loss(module: nn.Module, rng: torch.Generator) -> Tensor:
+    def loss(module: nn.ModuleDict, rng: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=rng)
         wording = torch.randint(ids.shape[1], (batch,), generator=rng)
         tokens = ids[rows, wording].long()
@@ -123,7 +123,7 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 3200) -> None:
     latents = encoded(runs, vae, drawn)
     plan = Plan("unet", steps, batch=32, peak=8e-4, seed=2, sample_every=400, save_every=200)
 
-    def sample(module: nn.Module, step: int) -> None:
+    def sample(module: nn.ModuleDict, step: int) -> None:
         pipeline = assembled(module, vae, tokenizer)
         pictures = pipeline(
             list(SHEET),

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from iteris_sd.storybook import data, model
 from iteris_sd.storybook.loop import Plan, fit
@@ -21,10 +22,10 @@ def recoloured(pixels: Tensor, rng: torch.Generator) -> Tensor:
     return pixels
 
 
-def autoencoder_loss(scenes: data.Scenes, batch: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
+def autoencoder_loss(scenes: data.Scenes, batch: int) -> Callable[[AutoencoderKL, torch.Generator], Tensor]:
     """Errors of pixels (squared, absolute) and of their differences, and a light pull of the latents to N(0, 1)."""
 
-    def loss(module: nn.Module, rng: torch.Generator) -> Tensor:
+    def loss(module: AutoencoderKL, rng: torch.Generator) -> Tensor:
         _, drawn = scenes.pick(batch, rng)
         pixels = recoloured(to_tensor(drawn), rng).contiguous(memory_format=torch.channels_last)
         posterior = module.encode(pixels).latent_dist
@@ -38,7 +39,7 @@ def autoencoder_loss(scenes: data.Scenes, batch: int) -> Callable[[nn.Module, to
 
 
 @torch.no_grad()
-def reconstruct(module: nn.Module, pixels: Tensor) -> tuple[Tensor, float]:
+def reconstruct(module: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, float]:
     """Encode and decode (n, 3, h, w) in [-1, 1]; also the mean PSNR in dB over pictures."""
     back = torch.cat([module.decode(module.encode(p).latent_dist.mean).sample for p in pixels.split(8)])
     back = back.clamp(-1, 1)
@@ -52,7 +53,7 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 2000) -> None:
     shown = to_tensor(data.drawn(runs / "scenes", 64, data.HELD_OUT).pixels[:])
     plan = Plan("vae", steps, batch=8, peak=1.2e-3, average=0.995, seed=1, sample_every=500, save_every=250)
 
-    def sample(module: nn.Module, step: int) -> None:
+    def sample(module: AutoencoderKL, step: int) -> None:
         back, psnr = reconstruct(module, shown)
         print(f"vae step {step}: {psnr:.2f} dB on {len(shown)} held-out scenes", flush=True)
         pairs = [to_image(p) for k in range(12) for p in (shown[k], back[k])]

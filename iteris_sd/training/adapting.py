@@ -7,7 +7,7 @@ in PEFT's layers around the linear ones, and leaving the context puts the origin
 import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -58,7 +58,7 @@ class WithToken(nn.Module):
 @contextmanager
 def learned_token(text_encoder: CLIPTextModel, token_id: int, vector: Tensor) -> Generator[nn.Parameter]:
     """Let the text encoder know ``token_id``, and yield the token's trainable vector (1, dim)."""
-    base = text_encoder.get_input_embeddings()
+    base = cast(nn.Embedding, text_encoder.get_input_embeddings())
     extended = WithToken(base, token_id, vector)
     try:
         text_encoder.set_input_embeddings(extended)

@@ -96,7 +96,7 @@ def train(
         own = _Set.of(Examples(encode(pipeline.vae, photos, size), texts), tokenizer)
         loss = _Loss(pipeline, settings, rng)
         start = _initial_vector(pipeline, settings.initial_word or class_noun)
-        token_id = tokenizer.convert_tokens_to_ids(token)
+        token_id = tokenizer.get_vocab()[token]
         vector = stack.enter_context(adapting.learned_token(text_encoder, token_id, start))
 
         groups = [{"params": [vector], "lr": settings.inversion_rate, "weight_decay": 0.0}]

@@ -1,0 +1,6 @@
+"""Builds the page and launches it; the entry point of the Hugging Face Space."""
+
+from iteris_sd.ui import launch
+
+if __name__ == "__main__":
+    launch()

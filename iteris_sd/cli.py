@@ -1,0 +1,320 @@
+"""The terminal: the same verbs as the page. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from iteris_sd import bases
+from iteris_sd.concepts import Library
+from iteris_sd.errors import UserError
+from iteris_sd.merging import registry
+from iteris_sd.recipe import BASE_COLUMN, Recipe, Sampler
+
+if TYPE_CHECKING:
+    from iteris_sd.composer import Composition, Event
+    from iteris_sd.scoring import Row
+
+T = TypeVar("T")
+N = TypeVar("N", int, float)
+
+app = typer.Typer(
+    help="Several concept LoRAs in one picture: merge them, draw, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_DIALS = ", ".join(f"{m.name}.{p.name}" for m in registry.METHODS.values() for p in m.parameters)
+
+Concepts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONCEPTS...", help="Names (`concepts` lists them), concept folders or LoRA files."
+    ),
+]
+BaseModel = Annotated[str | None, typer.Option(help=f"The base model: {', '.join(bases.BASES)}.")]
+Weights = Annotated[str | None, typer.Option(help="How strongly each concept is applied: 1,0.8.")]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param", metavar="METHOD.NAME=VALUE", help=f"A parameter of a method, repeatable: {_DIALS}."
+    ),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration samples per concept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def concepts(as_json: AsJson = False) -> None:
+    """List the concepts that can be picked."""
+    with _answering():
+        found = Library.shipped().concepts.values()
+        if as_json:
+            _print_json([concept.described() for concept in found])
+            return
+        table = Table("Name", "Title", "Trigger", "Class noun", "Base model")
+        for one in found:
+            table.add_row(*map(escape, (one.name, one.title, one.trigger, one.class_noun, one.base)))
+        Console().print(table)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the merging methods and their parameters. `base` draws the base model without any LoRA."""
+    if as_json:
+        _print_json([_plain(asdict(method)) for method in registry.METHODS.values()])
+        return
+    table = Table("Name", "What it does", "Parameters (default)", show_lines=True)
+    table.add_row(BASE_COLUMN, "No LoRA at all: the reference column.", "")
+    for method in registry.METHODS.values():
+        dials = [f"{method.name}.{p.name} ({p.default}): {p.help}" for p in method.parameters]
+        table.add_row(method.name, escape(f"{method.description} {method.paper}."), escape("\n".join(dials)))
+    Console().print(table)
+
+
+@app.command()
+def compose(
+    names: Concepts = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to draw; {0}, {1} … stand for the concepts in the order given.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Columns of the grid: base,linear,iteris.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Rows of the grid: 0,1,2,3.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("out"),
+    negative: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How strongly the prompt is followed; 1: no guidance.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(get_args(Sampler))}.")] = None,
+    base: BaseModel = None,
+    weights: Weights = None,
+    samples: Samples = None,
+    parameters: Parameters = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Repeat a recipe.json; other options change parts of it.")
+    ] = None,
+) -> None:
+    """Merge concepts by several methods, draw the same seeds with each, and score the pictures."""
+    with _answering():
+        told = Recipe.read(recipe) if recipe else None
+        drawing = {
+            "prompt": prompt,
+            "negative": negative,
+            "seeds": None if seeds is None else _numbers("--seeds", seeds, int),
+            "sampler": sampler,
+            "steps": steps,
+            "guidance": guidance,
+        }
+        columns = None if methods is None else _words(methods)
+        asked = _recipe(told, names, columns, base, weights, samples, parameters, drawing)
+        from iteris_sd import export
+
+        export.check_folder(output)
+        library = _library(asked)
+        from iteris_sd import composer
+
+        made = _watched(composer.compose(asked, library))
+        export.write(made, output)
+        _print_scores(made)
+        typer.echo(f"Written to {output}.")
+
+
+@app.command()
+def merge(
+    names: Concepts,
+    output: Annotated[Path, typer.Option(help="The LoRA file to write; learned tokens go beside it.")],
+    method: Annotated[str, typer.Option(help=f"{', '.join(registry.METHODS)}.")] = "iteris",
+    base: BaseModel = None,
+    weights: Weights = None,
+    samples: Samples = None,
+    parameters: Parameters = None,
+) -> None:
+    """Merge concepts into one LoRA file that diffusers, A1111 and ComfyUI load."""
+    with _answering():
+        registry.find(method)
+        words = {"prompt": "a picture"}  # a recipe has a prompt, which the merge does not depend on
+        asked = _recipe(None, names, [method], base, weights, samples, parameters, words)
+        from iteris_sd import export
+
+        export.check_lora_path(output)
+        library = _library(asked)
+        from iteris_sd import composer
+
+        picked, merged = _watched(composer.merge_all(asked, library))
+        metadata = export.lora_metadata(asked, picked, merged[method])
+        files = export.write_lora(merged[method].lora, composer.all_tokens(picked), output, metadata)
+        for file in files:
+            typer.echo(f"Written: {file}")
+
+
+@app.command(name="app")
+def page(
+    host: Annotated[str | None, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to listen on.", min=1, max=65535)] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also open a public link.")] = False,
+) -> None:
+    """Open the page for browsers."""
+    with _answering():
+        from iteris_sd import ui
+
+        ui.launch(host=host, port=port, share=share)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """A UserError becomes one sentence and exit code 2; Ctrl-C becomes exit code 130."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        typer.echo("Stopped.", err=True)
+        raise typer.Exit(130) from stop
+
+
+def _watched(work: Generator[Event, None, T]) -> T:
+    """Run `work` to its end behind a progress bar and return its result."""
+    from iteris_sd import composer
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with closing(work), bar:
+        task = bar.add_task("Starting", total=None)
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if isinstance(event, composer.Progress):
+                bar.update(task, description=event.stage, completed=event.done, total=event.total)
+
+
+def _library(recipe: Recipe) -> Library:
+    return Library.shipped().opening(use.name for use in recipe.concepts)
+
+
+def _recipe(
+    told: Recipe | None,
+    names: Sequence[str] | None,
+    methods: Sequence[str] | None,
+    base: str | None,
+    weights: str | None,
+    samples: int | None,
+    parameters: Sequence[str] | None,
+    drawing: Mapping[str, Any],
+) -> Recipe:
+    """The recipe that was `told`, or the base model's defaults, with what was given put in its place."""
+    data = told.model_dump() if told else _defaults(base)
+    data |= {name: value for name, value in {"base": base, **drawing}.items() if value is not None}
+    if names:
+        data["concepts"] = [{"name": name} for name in names]
+    if weights is not None:
+        given = _numbers("--weights", weights, float)
+        if len(given) != len(data["concepts"]):
+            raise UserError(
+                f"--weights needs one number per concept, {len(data['concepts'])}, not {len(given)}."
+            )
+        data["concepts"] = [c | {"weight": w} for c, w in zip(data["concepts"], given, strict=True)]
+    if methods is not None:
+        known = {use["name"]: use for use in data["methods"]}
+        data["methods"] = [known.get(name, {"name": name}) for name in methods]
+    if samples is not None:
+        data["calibration"] = {**data.get("calibration", {}), "samples": samples}
+    for dial in parameters or []:
+        data["methods"] = _turned(data["methods"], dial)
+    return Recipe.of(data)
+
+
+def _defaults(base: str | None) -> dict[str, Any]:
+    """A recipe's values where nothing was said."""
+    plain = {name: field.default for name, field in Recipe.model_fields.items() if not field.is_required()}
+    chosen = bases.find(base or plain["base"])
+    methods = [use.model_dump() for use in plain["methods"]]
+    own = {"steps": chosen.steps, "guidance": chosen.guidance, "methods": methods}
+    return plain | own | {"calibration": plain["calibration"].model_dump(), "concepts": [], "prompt": ""}
+
+
+def _turned(methods: Sequence[Mapping[str, Any]], dial: str) -> list[dict[str, Any]]:
+    """The methods of a recipe with one parameter set, as in `iteris.alpha=1e-5`."""
+    place, equals, text = dial.partition("=")
+    method, dot, name = place.strip().partition(".")
+    if not (equals and dot):
+        raise UserError(f"--param takes METHOD.NAME=VALUE, such as iteris.alpha=1e-5, not {dial!r}.")
+    if method not in (use["name"] for use in methods):
+        raise UserError(
+            f"--param {dial} sets a parameter of {method}, which is not among the methods asked for."
+        )
+    value = registry.find(method).parameter(name).parse(text)
+    return [
+        {"name": use["name"], "parameters": {**use.get("parameters", {}), name: value}}
+        if use["name"] == method
+        else dict(use)
+        for use in methods
+    ]
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
+    """Numbers with commas between them. Raises UserError naming the option."""
+    try:
+        return [kind(word) for word in _words(text)]
+    except ValueError:
+        noun = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} takes {noun} with commas between them, not {text!r}.") from None
+
+
+def _print_scores(made: Composition) -> None:
+    """The summary by method: mean and, for several seeds, half the width of its 95 % interval."""
+    from iteris_sd import composer, scoring
+
+    rows = scoring.summarise(made.pictures)
+    measures = [m for m in dict.fromkeys(row.measure for row in rows) if m != "text_cosine"]
+    table = Table("Method", "n", *(measure.removeprefix("image:") for measure in measures))
+    for use in made.recipe.methods:
+        own = {row.measure: row for row in rows if row.method == use.name}
+        cells = [_with_interval(own[measure]) if measure in own else "" for measure in measures]
+        table.add_row(composer.title(use.name), str(own["text"].n), *cells)
+    Console().print(table)
+    typer.echo(f"Means ± 95 % intervals over seeds; text and image alignment by {made.scorer}.")
+
+
+def _with_interval(row: Row) -> str:
+    reach = "" if row.high is None else f" ±{row.high - row.mean:.3f}"
+    return f"{row.mean:.3f}{reach}"
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can say it: an open bound is null."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

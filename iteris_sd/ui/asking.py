@@ -1,0 +1,95 @@
+"""From what stands in the widgets, or in an API call, to a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from iteris_sd import limits
+from iteris_sd.errors import UserError
+from iteris_sd.merging.registry import METHODS, Parameter
+from iteris_sd.recipe import BASE_COLUMN, Recipe
+
+N = TypeVar("N", int, float)
+
+METHOD_CHOICES: dict[str, tuple[str, str]] = {
+    BASE_COLUMN: ("Base model", "No LoRA at all: what the model draws of its own, for reference."),
+    **{method.name: (method.title, method.description) for method in METHODS.values()},
+}
+DEFAULT_METHODS = (BASE_COLUMN, "linear", "iteris")
+
+
+def recipe(
+    *,
+    base: str,
+    concepts: Sequence[str],
+    prompt: str,
+    negative: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    sampler: str,
+    samples: int,
+    weights: Sequence[float] = (),
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Recipe:
+    """A checked recipe; `weights` follow `concepts`, `parameters` are {method: {name: value}}. Raises UserError."""
+    if not concepts:
+        raise UserError("No concept is picked; pick at least one.")
+    if not methods:
+        raise UserError("No method is ticked; tick at least one.")
+    if len(weights) not in (0, len(concepts)):
+        raise UserError(
+            f"There are {len(weights)} weights for {len(concepts)} concepts; give one per concept, or none."
+        )
+    chosen = parameters or {}
+    return Recipe.of(
+        {
+            "base": base,
+            "concepts": [
+                {"name": name, "weight": weight}
+                for name, weight in zip(concepts, weights or [1.0] * len(concepts), strict=True)
+            ],
+            "prompt": prompt,
+            "negative": negative,
+            "methods": [{"name": name, "parameters": dict(chosen.get(name, {}))} for name in methods],
+            "seeds": list(seeds),
+            "steps": steps,
+            "guidance": guidance,
+            "sampler": sampler,
+            "calibration": {"samples": samples},
+        }
+    )
+
+
+def numbers(what: str, text: str, kind: type[N]) -> list[N]:
+    """Numbers separated by commas or spaces. Raises UserError naming the piece that is no number."""
+    pieces = [piece for piece in re.split(r"[,;\s]+", text[: limits.MAX_PROMPT_CHARS]) if piece]
+    found: list[N] = []
+    for piece in pieces:
+        try:
+            found.append(kind(piece))
+        except ValueError as error:
+            wanted = "whole numbers" if kind is int else "numbers"
+            raise UserError(f"{what} must be {wanted} separated by commas; {piece[:40]!r} is not.") from error
+    return found
+
+
+def seeds(given: str | int | Sequence[Any]) -> list[Any]:
+    """Seeds from "0, 1, 2", a number or a list; a list is checked by the recipe. Raises UserError."""
+    if isinstance(given, str):
+        return list(numbers("Seeds", given, int))
+    if isinstance(given, list | tuple):
+        return list(given)
+    return [given]
+
+
+def parameter(dial: Parameter, given: Any) -> Any:
+    """What stands in a parameter's widget, as the recipe wants it; an empty widget means the default."""
+    if given is None or given == "":
+        return dial.default
+    if dial.type == "floats" and isinstance(given, str):
+        return numbers(dial.name, given, float)
+    return given

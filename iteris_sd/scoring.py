@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from iteris_sd.errors import UserError
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 TEXT_FACTOR = 2.5
 INTERVAL = "95 % interval of the mean (Student's t over pictures)"
@@ -41,7 +44,7 @@ _STORYBOOK = Path(__file__).resolve().parents[1] / "assets" / "scorer"
 
 SCORERS: Mapping[str, Source] = {
     "storybook": Source(
-        "Storybook CLIP (small ResNet, 128 px; not comparable with ViT-L/14)",
+        "Storybook CLIP (small ResNet, 96 px; not comparable with ViT-L/14)",
         f"local-dir:{_STORYBOOK}",
         None,
         "Its files belong in assets/scorer; `python -m iteris_sd.storybook.train --stage clip` makes them anew.",
@@ -90,7 +93,7 @@ class Scorer:
     """An open_clip model, ready to embed.  `name` names the backbone, for people."""
 
     name: str
-    model: nn.Module
+    model: CLIP
     preprocess: Callable[[Image.Image], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
@@ -154,14 +157,13 @@ def load(name: str, device: str | torch.device | None = None) -> Scorer:
         with _quiet():
             model, preprocess, tokenizer = _open(source, where)
     except Exception as error:  # a missing file, no network, a broken download: each library raises its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"The scorer {source.title} could not be loaded ({reason}). {source.advice}"
+            f"The scorer {source.title} could not be loaded: {_root(error)}. {source.advice}"
         ) from error
     return Scorer(source.title, model.eval().requires_grad_(False), preprocess, tokenizer, where)
 
 
-def _open(source: Source, device: torch.device) -> tuple[nn.Module, Any, Any]:
+def _open(source: Source, device: torch.device) -> tuple[CLIP, Any, Any]:
     import open_clip
 
     model, _, preprocess = open_clip.create_model_and_transforms(
@@ -170,20 +172,30 @@ def _open(source: Source, device: torch.device) -> tuple[nn.Module, Any, Any]:
     return model, preprocess, open_clip.get_tokenizer(source.model)
 
 
+def _root(error: BaseException) -> str:
+    """What lies at the bottom of a chain of errors, in one line."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back what open_clip and its libraries tell developers.
 
     open_clip logs through the root logger, which prints unless it has a handler: it gets one that does nothing.
     """
-    root, silent = logging.getLogger(), logging.NullHandler()
+    root, hub, silent = logging.getLogger(), logging.getLogger("huggingface_hub"), logging.NullHandler()
+    before = hub.level
     root.addHandler(silent)
+    hub.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         root.removeHandler(silent)
+        hub.setLevel(before)
 
 
 # ---------------------------------------------------------------- many pictures

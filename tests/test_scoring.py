@@ -117,7 +117,7 @@ def test_an_unknown_scorer_is_refused_with_the_known_ones():
 def test_a_scorer_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
     source = scoring.Source("Nobody's CLIP", f"local-dir:{tmp_path / 'none'}", None, "Put it there.")
     monkeypatch.setattr(scoring, "SCORERS", {"nobody": source})
-    with pytest.raises(UserError, match="Nobody's CLIP could not be loaded .*none.* Put it there."):
+    with pytest.raises(UserError, match=r"Nobody's CLIP could not be loaded: .*none.*\. Put it there."):
         scoring.load("nobody")
 
 

@@ -15,18 +15,21 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from iteris_sd.storybook import data, model, world
 from iteris_sd.storybook.loop import Plan, fit
 from iteris_sd.storybook.pictures import to_tensor
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 CONTEXT = 48  # tokens; captions have at most 22, a long prompt in rare words about 40
 WIDTH = 128  # of the embedding that both towers share, and of the text tower
@@ -140,7 +143,7 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
 
 def contrastive_loss(
     scenes: data.Scenes, ids: Tensor, things: np.ndarray, batch: int
-) -> Callable[[nn.Module, torch.Generator], Tensor]:
+) -> Callable[[CLIP, torch.Generator], Tensor]:
     """The loss of `fit`: `batch` captioned scenes, and `PAIRS` pairs of pictures of things of one class."""
     classes = len(world.CLASSES)
 
@@ -154,7 +157,7 @@ def contrastive_loss(
         # One order of the colour channels for all, so that it tells nobody apart.
         return pixels[:, torch.randperm(3, generator=rng)]
 
-    def loss(module: nn.Module, rng: torch.Generator) -> Tensor:
+    def loss(module: CLIP, rng: torch.Generator) -> Tensor:
         rows, drawn = scenes.pick(batch, rng)
         tokens = ids[rows, torch.randint(ids.shape[1], (batch,), generator=rng)].long()
         pixels = disturbed(torch.cat([looked_at(drawn), pairs(rng)]), rng)
@@ -189,15 +192,13 @@ def full_captions(first: int, count: int) -> list[str]:
 
 
 @torch.no_grad()
-def embedded(module: nn.Module, pixels: np.ndarray) -> Tensor:
+def embedded(module: CLIP, pixels: np.ndarray) -> Tensor:
     """Normalised embeddings (n, d) of (n, 128, 128, 3) uint8."""
     return torch.cat([module.encode_image(p, normalize=True) for p in looked_at(pixels).split(32)])
 
 
 @torch.no_grad()
-def retrieval(
-    module: nn.Module, tokenizer: CLIPTokenizer, pictures: Tensor, captions: Sequence[str]
-) -> float:
+def retrieval(module: CLIP, tokenizer: CLIPTokenizer, pictures: Tensor, captions: Sequence[str]) -> float:
     """Share of captions whose own picture is the nearest in its group of `CHOICES`; pictures (n, d)."""
     said = torch.cat(
         [module.encode_text(t, normalize=True) for t in tokenised(tokenizer, captions).long().split(64)]
@@ -258,7 +259,7 @@ def configuration(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def write(module: nn.Module, vocabulary: int, folder: Path) -> None:
+def write(module: CLIP, vocabulary: int, folder: Path) -> None:
     """Write configuration and fp16 weights; the tokenizer must already lie in `folder`."""
     text = json.dumps(configuration(vocabulary), indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
@@ -300,7 +301,7 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 900) -> None:
     others = drawn_views(runs / "scenes", strangers, OTHERS_SEED)
     plan = Plan("clip", steps, batch=64, peak=1.5e-3, average=0.995, decay=0.05, seed=3, sample_every=200)
 
-    def measure(module: nn.Module, step: int) -> None:
+    def measure(module: CLIP, step: int) -> None:
         pictures = embedded(module, unseen.pixels[:])
         apart = embedded(module, others.reshape(-1, *others.shape[2:])).unflatten(0, others.shape[:2])
         figures = [

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -144,8 +145,9 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 # ---------------------------------------------------------------- loading
 
 
+@lru_cache(maxsize=1)
 def load(name: str, device: str | torch.device | None = None) -> Scorer:
-    """Load the scorer called `name`, a key of `SCORERS`; the device is a GPU if there is one.
+    """Load the scorer called `name`, a key of `SCORERS`, once per process; the device is a GPU if there is one.
 
     Raises UserError for an unknown name, and when the weights are not there and cannot be had.
     """
@@ -185,17 +187,18 @@ def _quiet() -> Iterator[None]:
 
     open_clip logs through the root logger, which prints unless it has a handler: it gets one that does nothing.
     """
-    root, hub, silent = logging.getLogger(), logging.getLogger("huggingface_hub"), logging.NullHandler()
-    before = hub.level
+    from huggingface_hub.utils import logging as hub
+
+    root, silent, before = logging.getLogger(), logging.NullHandler(), hub.get_verbosity()
     root.addHandler(silent)
-    hub.setLevel(logging.ERROR)
+    hub.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         root.removeHandler(silent)
-        hub.setLevel(before)
+        hub.set_verbosity(before)
 
 
 # ---------------------------------------------------------------- many pictures

@@ -270,12 +270,15 @@ def write(module: CLIP, vocabulary: int, folder: Path) -> None:
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
 
 
-def _tokenizer(assets: Path, captions: Sequence[Sequence[str]]) -> CLIPTokenizer:
-    """Storybook's own tokenizer, copied to the scorer; learnt the same way if Storybook has none yet."""
+def _tokenizer(assets: Path, captions: Sequence[Sequence[str]], resumed: bool) -> CLIPTokenizer:
+    """Storybook's own tokenizer, copied to the scorer; learnt the same way if Storybook has none yet.
+
+    A resumed run keeps the one it began with: two learnt from the same captions may number words differently.
+    """
     folder, storybook = assets / "scorer", assets / "storybook" / "tokenizer"
-    if storybook.exists():
+    if not resumed and storybook.exists():
         shutil.copytree(storybook, folder, dirs_exist_ok=True)
-    elif not (folder / "tokenizer_config.json").exists():
+    elif not resumed:
         model.train_tokenizer((c for wordings in captions[:6000] for c in wordings), folder)
     return CLIPTokenizer.from_pretrained(folder)
 
@@ -287,7 +290,7 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 900) -> None:
     drawn = data.drawn(runs / "scenes", scenes)
     things = drawn_views(runs / "scenes", particular_looks(LOOKS, LOOKS_SEED), LOOKS_SEED)
     captions = drawn.captions()
-    tokenizer = _tokenizer(assets, captions)
+    tokenizer = _tokenizer(assets, captions, resumed=(runs / "clip" / "checkpoint.pt").exists())
     ids = tokenised(tokenizer, [c for wordings in captions for c in wordings]).view(
         len(captions), -1, CONTEXT
     )

@@ -25,7 +25,7 @@ from iteris_sd.ui.visits import Visit, Visits
 FIRST_PICKED = ("dog", "barn")
 _REFRESH = 0.3  # seconds between updates of the page
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_TO_RESULTS = "() => { document.getElementById('results').scrollIntoView({behavior: 'smooth'}); return []; }"
+_TO_RESULTS = "() => { document.getElementById('results').scrollIntoView(); return []; }"
 
 Update = dict[Any, Any]
 

@@ -143,4 +143,7 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 3200) -> None:
         }
     )
     average = fit(plan, module, denoising_loss(latents, ids, empty, plan.batch), runs / "unet", sample)
-    assembled(average.half(), vae.half(), tokenizer).save_pretrained(folder, max_shard_size=model.SHARD)
+    whole = assembled(average.half(), vae.half(), tokenizer)
+    for part in ("unet", "text_encoder", "scheduler"):  # the others lie there already
+        getattr(whole, part).save_pretrained(folder / part, max_shard_size=model.SHARD)
+    whole.save_config(folder)

@@ -149,7 +149,7 @@ class Log:
 
 
 def draw_curve(path: Path) -> None:
-    """Draw the loss of a log as a PNG beside it (matplotlib is needed for training only)."""
+    """Draw the loss of a log as a PNG beside it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -147,3 +148,10 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 3200) -> None:
     for part in ("unet", "text_encoder", "scheduler"):  # the others lie there already
         getattr(whole, part).save_pretrained(folder / part, max_shard_size=model.SHARD)
     whole.save_config(folder)
+    _load_in_float32(folder / "text_encoder" / "config.json")
+
+
+def _load_in_float32(config: Path) -> None:
+    """Have transformers load fp16 weights as float32, as diffusers does: a pipeline of both cannot draw."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

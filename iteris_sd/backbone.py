@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from iteris_sd import bases
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LoRA, LowRank
+from iteris_sd.lora import LoRA, LowRank, check_fit
 
 _TEXT_LAYOUT = "text_model."  # older transformers put this before every module name
 
@@ -136,25 +136,6 @@ def _adding(adapter: LowRank):  # type: ignore[no-untyped-def]  # a torch hook
         return output + adapter.apply(args[0])
 
     return hook
-
-
-def check_fit(lora: LoRA, layers: Mapping[str, nn.Module], whose: str) -> None:
-    """Raise UserError when a LoRA touches a layer that is not there, not linear, or of another shape."""
-    for name, adapter in lora.items():
-        layer = layers.get(name)
-        if layer is None:
-            raise UserError(
-                f"{whose} touches {name}, which this model does not have; it is for another model."
-            )
-        if not isinstance(layer, nn.Linear):
-            raise UserError(
-                f"{whose} touches {name}, a {type(layer).__name__}; only linear layers are supported."
-            )
-        if adapter.shape != tuple(layer.weight.shape):
-            raise UserError(
-                f"{whose} does not fit {name}: it is {adapter.shape[0]} × {adapter.shape[1]} and the layer "
-                f"{layer.out_features} × {layer.in_features}; it is for another model."
-            )
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LoRA, LowRank, working_dtype
+from iteris_sd.lora import LoRA, LowRank, check_fit, working_dtype
 from iteris_sd.merging import registry
 from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, adaptive_weight, residual
@@ -167,24 +167,7 @@ class _Problem:
         if self.samples is not None and len(self.samples.rows) != len(self.loras):
             raise ValueError(f"{len(self.loras)} LoRAs need as many sample counts, got {self.samples.rows}")
         for n, lora in enumerate(self.loras):
-            for name, adapter in lora.items():
-                self._check(n, name, adapter)
-
-    def _check(self, n: int, name: str, adapter: LowRank) -> None:
-        module = self.modules.get(name)
-        if module is None:
-            raise UserError(
-                f"LoRA {n + 1} touches {name}, which this model does not have; it is for another model."
-            )
-        if not isinstance(module, nn.Linear):
-            raise UserError(
-                f"LoRA {n + 1} touches {name}, a {type(module).__name__}; only linear layers are merged."
-            )
-        if adapter.shape != module.weight.shape:
-            raise UserError(
-                f"LoRA {n + 1} does not fit {name}: it is {adapter.shape[0]} × {adapter.shape[1]} and the "
-                f"layer {module.out_features} × {module.in_features}; it is for another model."
-            )
+            check_fit(lora, self.modules, f"LoRA {n + 1}")
 
     @cached_property
     def participants(self) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image
 
 from iteris_sd.concepts import Library, Loaded, check_together
-from iteris_sd.lora import LoRA
+from iteris_sd.lora import LoRA, check_fit
 from iteris_sd.recipe import BASE_COLUMN, MethodUse, Recipe, fill
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _begun(recipe: Recipe, library: Library) -> Generator[Progress, None, tuple[
     picked = pick(recipe, library)
     backbone = backbones.load(recipe.base)
     for one in picked:
-        backbones.check_fit(one.lora, backbone.layers, f"The LoRA of {one.concept.name}")
+        check_fit(one.lora, backbone.layers, f"The LoRA of {one.concept.name}")
     return picked, backbone
 
 
@@ -268,10 +268,3 @@ def _relayed(work: Generator[int, None, T], stage: str, total: int) -> Generator
                 result: T = stop.value
                 return result
             yield Progress(stage, done, total)
-
-
-def run(recipe: Recipe, library: Library) -> Composition:
-    """`compose` without the stream."""
-    from iteris_sd import calibration
-
-    return calibration.finish(compose(recipe, library))

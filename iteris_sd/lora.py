@@ -20,7 +20,9 @@ from functools import reduce
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from iteris_sd.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,3 +129,22 @@ class LoRA(Mapping[str, LowRank]):
 def working_dtype(adapters: Sequence[LowRank]) -> torch.dtype:
     """The dtype a result made from these adapters is kept in: theirs, and float32 at least."""
     return reduce(torch.promote_types, (t.dtype for a in adapters for t in (a.down, a.up)), torch.float32)
+
+
+def check_fit(lora: LoRA, layers: Mapping[str, nn.Module], whose: str) -> None:
+    """Raise UserError when a LoRA touches a layer that is not there, not linear, or of another shape."""
+    for name, adapter in lora.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise UserError(
+                f"{whose} touches {name}, which this model does not have; it is for another model."
+            )
+        if not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"{whose} touches {name}, a {type(layer).__name__}; only linear layers are supported."
+            )
+        if adapter.shape != tuple(layer.weight.shape):
+            raise UserError(
+                f"{whose} does not fit {name}: it is {adapter.shape[0]} × {adapter.shape[1]} and the layer "
+                f"{layer.out_features} × {layer.in_features}; it is for another model."
+            )

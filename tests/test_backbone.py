@@ -13,7 +13,7 @@ from iteris_sd import bases
 from iteris_sd.backbone import Backbone
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LoRA, LowRank
+from iteris_sd.lora import LoRA, LowRank, check_fit
 from tests import toybook
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -124,7 +124,7 @@ def test_a_lora_that_does_not_fit_is_refused(
 ) -> None:
     wrong = LoRA({name: LowRank(torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))})
     with pytest.raises(UserError, match=message):
-        backbones.check_fit(wrong, backbone.layers, "The LoRA of dog")
+        check_fit(wrong, backbone.layers, "The LoRA of dog")
 
 
 def test_missing_weights_are_told_in_a_sentence(

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from iteris_sd import __version__, bases, composer, export, formats
+from iteris_sd import __version__, bases, calibration, composer, export, formats
 from iteris_sd.composer import Composition
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
@@ -22,12 +22,16 @@ METHODS = ("base", "linear", "regmean", "iteris")
 TOKENS = {"<rex>", "<lucky>"}
 
 
+def composed(asked: Recipe, library: Library) -> Composition:
+    return calibration.finish(composer.compose(asked, library))
+
+
 @pytest.fixture(scope="module")
 def composition(toy_assets: Path) -> Composition:
     """Two concepts, four methods, two seeds on the toy base model."""
     with pytest.MonkeyPatch.context() as patch:
         toybook.install(toy_assets, patch)
-        return composer.run(recipe(), Library.shipped())
+        return composed(recipe(), Library.shipped())
 
 
 def recipe(**changes: object) -> Recipe:
@@ -173,7 +177,7 @@ def test_methods_draw_different_pictures(composition: Composition) -> None:
 
 
 def test_a_picture_does_not_depend_on_the_company(composition: Composition, toy: Path) -> None:
-    alone = composer.run(recipe(methods=[{"name": "iteris"}], seeds=[7]), Library.shipped()).pictures[0]
+    alone = composed(recipe(methods=[{"name": "iteris"}], seeds=[7]), Library.shipped()).pictures[0]
     together = composition.picture("iteris", 7)
     assert together and np.array_equal(pixels(alone.image), pixels(together.image))
 
@@ -191,7 +195,7 @@ def test_the_shipped_pair_draws_the_same_in_plain_diffusers(tmp_path: Path) -> N
     library = Library.shipped()
     if not {"dog", "barn"} <= set(library.concepts):
         pytest.skip(f"no dog and barn in {bases.ASSETS / 'concepts'}")
-    made = composer.run(recipe(methods=[{"name": "iteris"}], seeds=[7]), library)
+    made = composed(recipe(methods=[{"name": "iteris"}], seeds=[7]), library)
     assert "toy" not in made.scorer
     assert np.asarray(made.pictures[0].image).std() > 5
     assert np.abs(pixels(drawn_plainly(made, "iteris", tmp_path)) - pixels(made.pictures[0].image)).max() <= 2

@@ -65,8 +65,9 @@ def _check_fits(concept: concepts.Concept, base: str) -> None:
     lora = concept.load().lora  # read before the base model is loaded: a broken file is told of at once
     jobs.load(base)
     from iteris_sd import backbone
+    from iteris_sd.lora import check_fit
 
-    backbone.check_fit(lora, backbone.load(base).layers, f"The LoRA {concept.lora.name}")
+    check_fit(lora, backbone.load(base).layers, f"The LoRA {concept.lora.name}")
 
 
 class Visits:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from iteris_sd.storybook import painters
-from iteris_sd.storybook.painters import RGB, Brush, Paint
+from iteris_sd.storybook.painting import animals, objects, places
+from iteris_sd.storybook.painting.brush import RGB, Brush, Paint, Painter, darker, lighter, luma
 
 CANVAS = 128
 _FINE = 3  # drawn this many times finer, then averaged: smooth edges without blur
@@ -29,7 +29,7 @@ class ClassSpec:
     """One kind of thing: how to paint it and what it can do.  Lengths are in heights of the thing."""
 
     name: str
-    paint: painters.Painter
+    paint: Painter
     colours: Mapping[str, RGB]
     patterns: tuple[str, ...]
     height: float  # beside the others: 1.0 is a dog
@@ -47,7 +47,7 @@ class BackgroundSpec:
 
     name: str
     phrase: str
-    paint: painters.Background
+    paint: places.Background
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ CLASSES: dict[str, ClassSpec] = {
     for c in (
         ClassSpec(
             "dog",
-            painters.dog,
+            animals.dog,
             _DOG,
             ("plain", "spotted", "striped"),
             1.0,
@@ -142,7 +142,7 @@ CLASSES: dict[str, ClassSpec] = {
         ),
         ClassSpec(
             "cat",
-            painters.cat,
+            animals.cat,
             _CAT,
             ("plain", "striped", "spotted"),
             0.98,
@@ -153,7 +153,7 @@ CLASSES: dict[str, ClassSpec] = {
         ),
         ClassSpec(
             "teddybear",
-            painters.teddybear,
+            animals.teddybear,
             _TEDDY,
             ("plain", "striped", "spotted", "checked"),
             1.0,
@@ -164,7 +164,7 @@ CLASSES: dict[str, ClassSpec] = {
         ),
         ClassSpec(
             "tortoise plushy",
-            painters.tortoise,
+            animals.tortoise,
             _TORTOISE,
             ("plain", "striped", "spotted", "checked"),
             0.76,
@@ -176,7 +176,7 @@ CLASSES: dict[str, ClassSpec] = {
         ),
         ClassSpec(
             "flower",
-            painters.flower,
+            objects.flower,
             _FLOWER,
             ("plain", "striped", "spotted"),
             1.08,
@@ -185,11 +185,11 @@ CLASSES: dict[str, ClassSpec] = {
             None,
             (1.42, 0.24),
         ),
-        ClassSpec("wooden pot", painters.wooden_pot, _POT, ("plain", "striped", "spotted"), 0.88, 0.59, 0.59),
-        ClassSpec("barn", painters.barn, _BARN, ("plain", "striped", "checked"), 1.06, 0.71, 0.68, face=-1),
+        ClassSpec("wooden pot", objects.wooden_pot, _POT, ("plain", "striped", "spotted"), 0.88, 0.59, 0.59),
+        ClassSpec("barn", objects.barn, _BARN, ("plain", "striped", "checked"), 1.06, 0.71, 0.68, face=-1),
         ClassSpec(
             "sunglasses",
-            painters.sunglasses,
+            objects.sunglasses,
             _GLASSES,
             ("plain", "striped", "spotted"),
             0.52,
@@ -203,11 +203,11 @@ CLASSES: dict[str, ClassSpec] = {
 BACKGROUNDS: dict[str, BackgroundSpec] = {
     b.name: b
     for b in (
-        BackgroundSpec("beach", "on the beach", painters.beach),
-        BackgroundSpec("meadow", "in a meadow", painters.meadow),
-        BackgroundSpec("snow", "in the snow", painters.snow),
-        BackgroundSpec("living room", "in a living room", painters.living_room),
-        BackgroundSpec("mountains", "in the mountains", painters.mountains),
+        BackgroundSpec("beach", "on the beach", places.beach),
+        BackgroundSpec("meadow", "in a meadow", places.meadow),
+        BackgroundSpec("snow", "in the snow", places.snow),
+        BackgroundSpec("living room", "in a living room", places.living_room),
+        BackgroundSpec("mountains", "in the mountains", places.mountains),
     )
 }
 
@@ -570,7 +570,7 @@ def _potted(things: Sequence[Look], rng: np.random.Generator) -> list[_Placed]:
     share, hidden = CLASSES[inside.cls].potted or (1.0, 0.3)
     height = 47 * rng.uniform(0.96, 1.04)
     stand = _Placed(pot, 64 + rng.uniform(-12, 12), 114 + rng.uniform(-3, 3), height)
-    rim = stand.ground - (painters.POT_RIM_Y - 0.06) * height
+    rim = stand.ground - (objects.POT_RIM_Y - 0.06) * height
     tall, flip = share * height * rng.uniform(0.97, 1.03), bool(rng.random() < 0.5)
     left, right = CLASSES[inside.cls].left, CLASSES[inside.cls].right
     # A lopsided thing is moved so that its middle, not its origin, is over the pot.
@@ -594,7 +594,7 @@ def _paint_of(look: Look) -> Paint:
         main, accent = EXCLUSIVE[look.colour]
     else:
         main = colours[look.colour]
-        accent = painters.darker(main, 0.34) if painters.luma(main) > 75 else painters.lighter(main, 0.16)
+        accent = darker(main, 0.34) if luma(main) > 75 else lighter(main, 0.16)
     if look.accent is not None:
         accent = EXCLUSIVE[look.accent][1] if look.accent in EXCLUSIVE else colours[look.accent]
     return Paint(main, accent, look.pattern, look.mark)
@@ -613,7 +613,7 @@ def draw(scene: Scene, size: int = CANVAS) -> Image.Image:
         if thing.on == "in" and pot is not None:
             _paint_behind(image, thing, brush, pot)
         elif thing.on == "worn":
-            painters.spectacles(brush, _paint_of(thing.look))
+            objects.spectacles(brush, _paint_of(thing.look))
         else:
             CLASSES[thing.look.cls].paint(brush, _paint_of(thing.look))
         pot = brush
@@ -626,5 +626,5 @@ def _paint_behind(image: Image.Image, thing: _Placed, brush: Brush, pot: Brush) 
     kept = image.crop((0, top, *image.size))
     CLASSES[thing.look.cls].paint(brush, _paint_of(thing.look))
     mask = Image.new("L", kept.size)
-    ImageDraw.Draw(mask).polygon([(x, y - top) for x, y in painters.pot_front(pot)], fill=255)
+    ImageDraw.Draw(mask).polygon([(x, y - top) for x, y in objects.pot_front(pot)], fill=255)
     image.paste(kept, (0, top), mask)

@@ -1,0 +1,1 @@
+"""How the storybook world is painted: brush, things, places and light."""

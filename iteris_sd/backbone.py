@@ -59,7 +59,7 @@ class Backbone:
         return self.unet.config.in_channels, side, side
 
     def tokenise(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of prompts, (n, 77) int64, cut off where the text encoder ends."""
+        """Token ids of prompts, (n, positions) int64, cut off where the text encoder ends."""
         words = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -71,11 +71,11 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text states of prompts, (n, 77, width)."""
+        """Text states of prompts, (n, positions, width)."""
         return self.states(self.tokenise(prompts))
 
     def states(self, ids: Tensor) -> Tensor:
-        """Text states of token ids, (n, 77, width)."""
+        """Text states of token ids, (n, positions, width)."""
         return self.text_encoder(ids).last_hidden_state
 
     @contextmanager

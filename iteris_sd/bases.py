@@ -15,7 +15,7 @@ class Base:
     """A base model.
 
     `size`: side of its pictures in pixels. `scorer`: the name `scoring.load` knows. `steps`, `guidance`: defaults
-    that suit it. `objects`: generic things it can draw, for calibration prompts with a second object.
+    that suit it. `objects`, `places`: generic things and places it can draw, for calibration prompts.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Base:
     steps: int
     guidance: float
     objects: tuple[str, ...]
+    places: tuple[str, ...]
 
 
 BASES: dict[str, Base] = {
@@ -44,12 +45,32 @@ BASES: dict[str, Base] = {
             objects=(
                 "red barn",
                 "grey cat",
-                "brown dog",
-                "blue teddybear",
-                "green tortoise plushy",
+                "blue car",
                 "yellow flower",
+                "brown dog",
+                "green umbrella",
+                "white rabbit",
                 "brown wooden pot",
+                "blue teddybear",
+                "red chair",
+                "green tortoise plushy",
+                "yellow duck",
+                "purple mushroom",
                 "pair of black sunglasses",
+                "brown owl",
+                "white teapot",
+            ),
+            places=(
+                "on the beach",
+                "in a meadow",
+                "in the snow",
+                "in a living room",
+                "in the mountains",
+                "in the forest",
+                "in the desert",
+                "in the city",
+                "in a kitchen",
+                "by a lake",
             ),
         ),
     )

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from iteris_sd import calibration, rendering
 from iteris_sd.backbone import Backbone
+from iteris_sd.bases import Base
 from iteris_sd.concepts import Concept, Loaded
 from iteris_sd.lora import LoRA
 from iteris_sd.recipe import Calibration, Recipe
 
 ALONE = ("a {}", "a photo of a {}", "a picture of a {}", "an illustration of a {}")
 BESIDE = ("a {} next to a {}", "a {} and a {}", "a {} in front of a {}", "a {} to the left of a {}")
-PLACES = ("", "on the beach", "in a meadow", "in the snow", "in a living room", "in the mountains")
 _BATCH = 10  # prompts per forward of a trajectory; fixed, since it decides the order of summation
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Calibration samples of one concept: `ids` (m, 77), `latents` (m, c, h, w), `times` (m,)."""
+    """Calibration samples of one concept: `ids` (m, positions), `latents` (m, c, h, w), `times` (m,)."""
 
     ids: Tensor
     latents: Tensor
@@ -37,12 +37,13 @@ class Inputs:
         return len(self.ids)
 
 
-def prompts(concept: Concept, objects: Sequence[str], count: int) -> list[str]:
+def prompts(concept: Concept, base: Base, count: int) -> list[str]:
     """`count` prompts with the concept's trigger, in turn alone and beside a generic object of another class."""
-    others = [o for o in objects if not o.endswith(concept.class_noun)]
-    alone = [f"{t.format(concept.trigger)} {p}".strip() for p, t in product(PLACES, ALONE)]
+    others = [o for o in base.objects if not o.endswith(concept.class_noun)]
+    places = ("", *base.places)
+    alone = [f"{t.format(concept.trigger)} {p}".strip() for p, t in product(places, ALONE)]
     beside = [
-        f"{template.format(concept.trigger, other)} {PLACES[k % len(PLACES)]}".strip()
+        f"{template.format(concept.trigger, other)} {places[k % len(places)]}".strip()
         for k, (other, template) in enumerate(product(others, BESIDE))
     ]
     turns = (p for pair in zip(cycle(alone), cycle(beside or alone), strict=False) for p in pair)
@@ -55,7 +56,7 @@ def gather(backbone: Backbone, loaded: Loaded, lora: LoRA, recipe: Recipe) -> Ge
     The backbone must know the concept's tokens already.
     """
     chosen = recipe.calibration
-    texts = prompts(loaded.concept, backbone.base.objects, chosen.samples)
+    texts = prompts(loaded.concept, backbone.base, chosen.samples)
     generator = torch.Generator().manual_seed(chosen.seed)
     # The step each prompt is stopped at: all steps equally often, in random order.
     stops = torch.arange(chosen.samples).remainder(chosen.steps)[

@@ -1,5 +1,6 @@
 """Storybook: its world, its tokenizer, its training loop, and the size of what ships."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import torch
 from torch import nn
 
 from iteris_sd.bases import ASSETS
-from iteris_sd.storybook import data, model, world
+from iteris_sd.storybook import data, loop, model, train_unet, train_vae, world
 from iteris_sd.storybook.loop import Plan, fit
+from iteris_sd.storybook.machine import Machine
+from iteris_sd.storybook.run import Run
+from iteris_sd.storybook.train import stage
 
 SEEDS = range(200)
+PLAIN = Machine(torch.device("cpu"))
 
 
 def test_a_scene_is_drawn_the_same_every_time():
@@ -27,6 +32,19 @@ def test_another_seed_draws_another_picture():
     assert world.draw(scene).tobytes() != world.draw(replace(scene, seed=scene.seed + 1)).tobytes()
 
 
+@pytest.mark.parametrize("change", [{"time": "night"}, {"time": "sunset"}, {"style": "watercolour"}])
+def test_time_and_style_change_the_picture(change):
+    scene = world.Scene("meadow", (world.Look("dog", "brown"),), None, 5)
+    plain, other = (np.asarray(world.draw(s)).astype(float) for s in (scene, replace(scene, **change)))
+    assert np.abs(plain - other).mean() > 8
+
+
+def test_the_world_is_as_large_as_it_says():
+    assert len(world.CLASSES) >= 16 and len(world.BACKGROUNDS) >= 10 and len(world.TIMES) >= 3
+    counts = np.bincount([len(world.sample(seed).things) for seed in range(600)], minlength=4)
+    assert counts[2] > 300 and counts[3] > 30
+
+
 def test_generic_scenes_never_show_an_individual():
     for seed in SEEDS:
         for look in world.sample(seed).things:
@@ -34,17 +52,45 @@ def test_generic_scenes_never_show_an_individual():
             assert look.colour not in world.EXCLUSIVE
 
 
+def test_held_out_combinations_are_never_drawn_in_training_and_can_be_asked_for():
+    assert not any(world.sample(seed).held_out for seed in range(1000))
+    assert sum(world.sample(seed, unseen=True).held_out for seed in range(100)) > 50
+
+
+def _named(words, caption):
+    return {word for word in words if re.search(rf"\b{word}\b", caption)}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_captions_name_what_is_drawn_and_nothing_else(seed):
     scene = world.sample(seed)
     shown = {look.cls for look in scene.things}
     colours = {look.colour for look in scene.things}
-    every_colour = {c for spec in world.CLASSES.values() for c in spec.colours}
-    for caption in data.scene_captions(scene, seed):
-        assert {cls for cls in world.CLASSES if cls in caption} == shown
-        assert {c for c in every_colour if c in caption.split()} <= colours
-        phrases = {b.name for b in world.BACKGROUNDS.values() if b.phrase in caption}
-        assert phrases <= {scene.background}
+    full, *others = data.scene_captions(scene, seed)
+    for caption in (full, *others):
+        assert _named(world.CLASSES, caption) == shown
+        assert _named(world.COLOURS, caption) <= colours
+        assert {b.name for b in world.BACKGROUNDS.values() if b.phrase in caption} <= {scene.background}
+        assert {t.name for t in world.TIMES.values() if t.phrase and t.phrase in caption} <= {scene.time}
+        assert ("watercolour" in caption) == (scene.style == "watercolour")
+        for word in ("left", "right"):
+            assert word not in caption or scene.relation == f"to the {word} of"
+    assert _named(world.COLOURS, full) == colours
+    assert world.BACKGROUNDS[scene.background].phrase in full
+    assert scene.time == "day" or world.TIMES[scene.time].phrase in full
+
+
+def test_things_stand_inside_the_picture_and_on_the_side_they_are_said_to():
+    for seed in range(400):
+        scene = world.sample(seed)
+        things = world.placed(scene)
+        assert {thing.look for thing in things} == set(scene.things)
+        for thing in things:
+            assert 5 < thing.middle < 123 and thing.ground < 125 and thing.ground - thing.height > 0
+        if scene.relation in ("to the left of", "to the right of"):
+            at = {thing.look: thing.middle for thing in things}
+            first, second = (at[look] for look in scene.things)
+            assert (first < second) == (scene.relation == "to the left of")
 
 
 @pytest.mark.parametrize("name", world.INDIVIDUALS)
@@ -56,11 +102,23 @@ def test_individuals_differ_from_every_generic_of_their_class(name):
         assert np.abs(mine - np.asarray(world.draw(other))).mean() > 1.5
 
 
-def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(ValueError, match="unknown class"):
-        world.Look("dragon", "red")
-    with pytest.raises(ValueError, match="cannot take its part"):
-        world.Scene("beach", (world.Look("barn", "red"), world.Look("dog", "brown")), "wearing")
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        ("unknown class", lambda: world.Look("dragon", "red")),
+        ("bears no badge", lambda: world.Look("dog", "brown", mark="badge")),
+        ("unknown time", lambda: world.Scene("beach", (world.Look("dog", "brown"),), time="noon")),
+        ("unknown style", lambda: world.Scene("beach", (world.Look("dog", "brown"),), style="oil")),
+        ("one to 3 things", lambda: world.Scene("beach", ())),
+        (
+            "cannot take its part",
+            lambda: world.Scene("beach", (world.Look("barn", "red"), world.Look("dog", "brown")), "wearing"),
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(what, wrong):
+    with pytest.raises(ValueError, match=what):
+        wrong()
 
 
 def test_drawn_scenes_are_kept_and_found_again(tmp_path):
@@ -84,6 +142,14 @@ def test_any_text_tokenises_and_the_format_loads_plainly(tmp_path):
     assert len(loaded("dog").input_ids) == 3  # a word of the world is one token
 
 
+def test_the_same_captions_always_give_the_same_tokenizer(tmp_path):
+    captions = [c for seed in range(50) for c in data.scene_captions(world.sample(seed), seed)]
+    for folder, texts in (("one", captions), ("other", captions[::-1])):
+        model.train_tokenizer(texts, tmp_path / folder)
+    vocabularies = [(tmp_path / folder / "vocab.json").read_text() for folder in ("one", "other")]
+    assert vocabularies[0] == vocabularies[1]
+
+
 def _toy_loss(module: nn.Module, rng: torch.Generator) -> torch.Tensor:
     x = torch.randn(8, 3, generator=rng)
     return (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
@@ -95,7 +161,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         return nn.Linear(3, 1)
 
     plan = Plan("toy", steps=12, batch=8, peak=0.05, warmup=3, save_every=5, sample_every=100)
-    whole = fit(plan, fresh(), _toy_loss, tmp_path / "whole")
+    whole = fit(plan, fresh(), _toy_loss, tmp_path / "whole", PLAIN)
 
     def stop_at_eight(module: nn.Module, rng: torch.Generator) -> torch.Tensor:
         if rng.initial_seed() == plan.generator(8).initial_seed():
@@ -103,11 +169,126 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         return _toy_loss(module, rng)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(plan, fresh(), stop_at_eight, tmp_path / "halves")
-    resumed = fit(plan, fresh(), _toy_loss, tmp_path / "halves")
+        fit(plan, fresh(), stop_at_eight, tmp_path / "halves", PLAIN)
+    resumed = fit(plan, fresh(), _toy_loss, tmp_path / "halves", PLAIN)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     log = (tmp_path / "halves" / "toy.csv").read_text().splitlines()
     assert [int(line.split(",")[0]) for line in log[1:]] == list(range(12))
+
+
+class Stopped(Exception):
+    """Thrown into a stage as Ctrl-C would be."""
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Storybook's parts in tiny width, so that every stage takes a few steps in seconds."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from iteris_sd.storybook import train_clip, train_oracle
+
+    def autoencoder():
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            latent_channels=model.LATENT_CHANNELS,
+            norm_num_groups=1,
+            sample_size=128,
+            mid_block_add_attention=False,
+        )
+
+    def unet():
+        return UNet2DConditionModel(
+            sample_size=16,
+            in_channels=model.LATENT_CHANNELS,
+            out_channels=model.LATENT_CHANNELS,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+
+    def text_encoder(tokenizer):
+        return CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=model.TEXT_LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+    for made in (autoencoder, unet, text_encoder):
+        monkeypatch.setattr(model, made.__name__, made)
+    for name, value in {"LOOKS": 64, "STRANGERS": 32, "PAIRS": 4, "QUERIES": 64}.items():
+        monkeypatch.setattr(train_clip, name, value)
+    vision = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "image_size": 64}
+    monkeypatch.setattr(train_clip, "VISION", vision)
+    monkeypatch.setattr(train_oracle, "JUDGED", 8)
+    monkeypatch.setattr(train_unet, "SHEET", train_unet.SHEET[:1])
+
+
+def _stopping_at(monkeypatch, step):
+    """Have every loss stop the run when this step begins."""
+    plan = loop.Plan.generator
+
+    def generator(self, number):
+        if number == step:
+            raise Stopped
+        return plan(self, number)
+
+    monkeypatch.setattr(loop.Plan, "generator", generator)
+
+
+@pytest.mark.parametrize("name", ["vae", "unet", "clip", "oracle"])
+def test_a_resumed_stage_equals_an_uninterrupted_one(name, tiny, tmp_path, monkeypatch):
+    def run(folder):
+        return Run(tmp_path / folder, tmp_path / folder / "assets", 24, PLAIN, steps=4, save_every=2)
+
+    def weights(folder):
+        files = {
+            p for p in (tmp_path / folder).rglob("*") if p.suffix == ".safetensors" or p.name == "oracle.pt"
+        }
+        found = {p.relative_to(tmp_path / folder).as_posix(): p.read_bytes() for p in files}
+        assert found
+        return found
+
+    for folder in ("whole", "halves"):
+        if name == "unet":
+            (tmp_path / folder / "assets" / "storybook").mkdir(parents=True)
+            torch.manual_seed(0)
+            model.autoencoder().save_pretrained(tmp_path / folder / "assets" / "storybook" / "vae")
+    stage(name)(run("whole"))
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        _stopping_at(patched, 3)
+        stage(name)(run("halves"))
+    stage(name)(run("halves"))
+    assert weights("halves") == weights("whole")
+    assert (tmp_path / "halves" / name / f"{name}.png").exists()
+    log = (tmp_path / "halves" / name / f"{name}.csv").read_text().splitlines()
+    assert [int(line.split(",")[0]) for line in log[1:]] == [0, 1, 2, 3]
+
+
+def test_a_warm_start_goes_on_from_the_shipped_weights(tiny, tmp_path):
+    first = Run(tmp_path / "runs", tmp_path / "assets", 24, PLAIN, steps=2)
+    stage("vae")(first)
+    before = (tmp_path / "assets" / "storybook" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    no_steps = Run(tmp_path / "again", tmp_path / "assets", 24, PLAIN, steps=0, warm=True)
+    average = train_vae.started(no_steps)
+    from safetensors.torch import load
+
+    for name, value in load(before).items():
+        assert torch.equal(average.state_dict()[name], value.float())
 
 
 def test_what_ships_fits_a_space():

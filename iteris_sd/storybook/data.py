@@ -11,7 +11,7 @@ import torch
 
 from iteris_sd.storybook import world
 
-CAPTIONS_PER_SCENE = 4
+CAPTIONS_PER_SCENE = 5  # the first says all there is to say
 HELD_OUT = 10_000_000  # scenes drawn from seeds from here on are never trained on
 _CHUNK = 500
 
@@ -19,7 +19,7 @@ _CHUNK = 500
 def scene_captions(scene: world.Scene, seed: int) -> list[str]:
     """A few wordings of one scene, always the same for the same seed."""
     rng = np.random.default_rng((seed, 1))
-    return [world.caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE)]
+    return [world.caption(scene, rng, full=k == 0) for k in range(CAPTIONS_PER_SCENE)]
 
 
 def _draw_chunk(seeds: range) -> np.ndarray:

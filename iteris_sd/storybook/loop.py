@@ -13,10 +13,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from iteris_sd.storybook.machine import Machine
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast to train.  `peak` is the learning rate after `warmup`; it then falls to zero."""
+    """How long and how fast to train.
+
+    The learning rate rises to `peak` over `warmup` steps, stays there, and falls to zero over the last `cooldown`
+    share of the steps (arXiv 2405.18392): a run that is to go on longer resumes from before its fall.
+    """
 
     stage: str
     steps: int
@@ -26,15 +32,14 @@ class Plan:
     seed: int = 0
     average: float = 0.999
     decay: float = 0.01
+    cooldown: float = 0.3
     save_every: int = 500
     sample_every: int = 1000
 
     def rate(self, step: int) -> float:
-        """Learning rate at a step: linear warm-up, then a cosine to zero."""
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.peak * 0.5 * (1.0 + float(torch.cos(torch.tensor(done * torch.pi))))
+        """Learning rate at a step."""
+        left = (self.steps - step) / max(1.0, self.cooldown * self.steps)
+        return self.peak * min(1.0, (step + 1) / max(1, self.warmup), left)
 
     def generator(self, step: int) -> torch.Generator:
         """All randomness of a step comes from here, so that a resumed run repeats an uninterrupted one."""
@@ -49,9 +54,10 @@ def fit(
     module: M,
     loss: Callable[[M, torch.Generator], Tensor],
     directory: Path,
+    machine: Machine,
     sampler: Callable[[M, int], None] | None = None,
 ) -> M:
-    """Train `module` in place and return its exponential moving average.
+    """Train `module` in place, on its own device, and return its exponential moving average.
 
     `directory` holds the checkpoint (weights, average, optimizer, step), the log and the curve; a run that finds
     a checkpoint there goes on from it and ends with the weights an uninterrupted run would have.
@@ -59,7 +65,7 @@ def fit(
     directory.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(module).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=plan.peak, betas=(0.9, 0.99), weight_decay=plan.decay
+        module.parameters(), lr=plan.peak, betas=(0.9, 0.99), weight_decay=plan.decay, fused=True
     )
     start = _resume(directory, module, average, optimizer)
     module.train()
@@ -67,7 +73,8 @@ def fit(
         for step in range(start, plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate(step)
-            value = loss(module, plan.generator(step))
+            with machine.autocast():
+                value = loss(module, plan.generator(step))
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)

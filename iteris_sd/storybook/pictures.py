@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -31,3 +32,16 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, path: Path) -> 
         sheet.paste(picture, (k % columns * width, k // columns * height))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def disturbed(pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Light, tint, softness and grain of (n, 3, h, w) changed a little, as generated pictures differ from drawn."""
+    n, side = len(pixels), int(torch.randint(32, 84, (), generator=rng))
+    gain = 1 + 0.1 * torch.randn(n, 1, 1, 1, generator=rng)
+    pixels = pixels * gain + 0.05 * torch.randn(n, 3, 1, 1, generator=rng)
+    soft = torch.rand(n, generator=rng) < 0.4
+    if soft.any():
+        small = F.interpolate(pixels[soft], size=side, mode="bilinear", antialias=True)
+        pixels[soft] = F.interpolate(small, size=pixels.shape[-1], mode="bilinear")
+    grain = 0.08 * torch.rand(n, 1, 1, 1, generator=rng)
+    return pixels + grain * torch.randn(pixels.shape, generator=rng)

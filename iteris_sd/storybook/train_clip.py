@@ -19,28 +19,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from iteris_sd.storybook import data, model, world
 from iteris_sd.storybook.loop import Plan, fit
-from iteris_sd.storybook.pictures import to_tensor
+from iteris_sd.storybook.pictures import disturbed, to_tensor
+from iteris_sd.storybook.run import Run
+from iteris_sd.storybook.train_unet import kept_tokenizer
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
 
-CONTEXT = 48  # tokens; captions have at most 22, a long prompt in rare words about 40
+CONTEXT = model.TEXT_LENGTH
 WIDTH = 128  # of the embedding that both towers share, and of the text tower
 SIDE = 96  # pictures are looked at in this size: marks still show, at under two thirds of the time of 128
 VISION: Mapping[str, Any] = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 64, "image_size": SIDE}
 
-LOOKS = 640  # particular things drawn for the second loss
-VIEWS = 4  # pictures of each: two alone, two in company
+LOOKS = 992  # particular things drawn for the second loss
+VIEWS = 6  # pictures of each: half of them alone, half in company
 LOOKS_SEED = 20_000_000
 OTHERS_SEED = 30_000_000  # things never trained on
-PAIRS = 16
+STRANGERS = 192  # how many of them
+PAIRS = 32
 SHARPNESS = 20.0  # inverse temperature of the second loss
 MAX_LOG_SCALE = float(np.log(100.0))
 
@@ -58,8 +61,7 @@ def particular_looks(count: int, seed: int) -> list[world.Look]:
     The world's eight individuals are never among them: their colours are exclusive.
     """
     rng = np.random.default_rng(seed)
-    marks = {i.cls: i.look.mark for i in world.INDIVIDUALS.values()}
-    decks = [rng.permutation(np.array(_all_looks(c, marks[c.name]), object)) for c in world.CLASSES.values()]
+    decks = [rng.permutation(np.array(_all_looks(c), object)) for c in world.CLASSES.values()]
     rounds = zip(*decks, strict=False)
     looks = [look for row in rounds for look in row][:count]
     if len(looks) < count:
@@ -67,15 +69,15 @@ def particular_looks(count: int, seed: int) -> list[world.Look]:
     return looks
 
 
-def _all_looks(spec: world.ClassSpec, mark: str | None) -> list[world.Look]:
-    """Every look of a class that shows; a second colour shows only in a mark or a pattern."""
+def _all_looks(spec: world.ClassSpec) -> list[world.Look]:
+    """Every look of a class that can be told from the others; a second colour shows only in a mark."""
+    marks = [i.look.mark for i in world.INDIVIDUALS.values() if i.cls == spec.name] or ["badge"]
     colours = tuple(spec.colours)
-    return [world.Look(spec.name, colour) for colour in colours] + [
-        world.Look(spec.name, colour, pattern, mark=worn, accent=accent)
+    return [world.Look(spec.name, colour, pattern) for colour in colours for pattern in spec.patterns] + [
+        world.Look(spec.name, colour, pattern, mark=mark, accent=accent)
         for colour, accent in permutations(colours, 2)
         for pattern in spec.patterns
-        for worn in (None, mark)
-        if worn is not None or pattern != "plain"
+        for mark in marks
     ]
 
 
@@ -87,9 +89,10 @@ def views(look: world.Look, seed: int) -> list[world.Scene]:
     for k, background in enumerate(places):
         shown = replace(look, size=str(rng.choice(list(world.SIZES))))
         own = int(rng.integers(2**31))
-        other = world.sample(rng, two=0).things[0]
+        any_scene = world.sample(rng, count=1)
+        other = any_scene.things[0]
         if 2 * k < VIEWS or other.cls == look.cls:
-            scenes.append(world.Scene(background, (shown,), None, own))
+            scenes.append(world.Scene(background, (shown,), None, own, any_scene.time))
         else:
             relation = str(rng.choice(["next to", "to the left of", "to the right of", "in front of"]))
             scenes.append(world.Scene(background, (shown, other), relation, own))
@@ -122,27 +125,14 @@ def looked_at(pixels: np.ndarray) -> Tensor:
     return F.interpolate(to_tensor(pixels), size=SIDE, mode="bicubic", antialias=True)
 
 
-def disturbed(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Light, tint, softness and grain of (n, 3, h, w) changed a little, as generated pictures differ from drawn."""
-    n, side = len(pixels), int(torch.randint(32, 84, (), generator=rng))
-    gain = 1 + 0.1 * torch.randn(n, 1, 1, 1, generator=rng)
-    pixels = pixels * gain + 0.05 * torch.randn(n, 3, 1, 1, generator=rng)
-    soft = torch.rand(n, generator=rng) < 0.4
-    if soft.any():
-        small = F.interpolate(pixels[soft], size=side, mode="bilinear", antialias=True)
-        pixels[soft] = F.interpolate(small, size=pixels.shape[-1], mode="bilinear")
-    grain = 0.08 * torch.rand(n, 1, 1, 1, generator=rng)
-    return pixels + grain * torch.randn(pixels.shape, generator=rng)
-
-
 def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     """Symmetric InfoNCE of paired rows, each (n, d) and normalised (arXiv 2103.00020, figure 3)."""
-    logits, own = scale * a @ b.T, torch.arange(len(a))
+    logits, own = scale * a @ b.T, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def contrastive_loss(
-    scenes: data.Scenes, ids: Tensor, things: np.ndarray, batch: int
+    scenes: data.Scenes, ids: Tensor, things: np.ndarray, batch: int, device: torch.device
 ) -> Callable[[CLIP, torch.Generator], Tensor]:
     """The loss of `fit`: `batch` captioned scenes, and `PAIRS` pairs of pictures of things of one class."""
     classes = len(world.CLASSES)
@@ -161,11 +151,12 @@ def contrastive_loss(
         rows, drawn = scenes.pick(batch, rng)
         tokens = ids[rows, torch.randint(ids.shape[1], (batch,), generator=rng)].long()
         pixels = disturbed(torch.cat([looked_at(drawn), pairs(rng)]), rng)
-        seen = module.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
+        pixels = pixels.to(device, memory_format=torch.channels_last)
+        seen = module.encode_image(pixels, normalize=True).float()
         pictures, one, two = seen.split([batch, PAIRS, PAIRS])
-        said = module.encode_text(tokens, normalize=True)
+        said = module.encode_text(tokens.to(device), normalize=True).float()
         scale = module.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
-        return contrast(pictures, said, scale) + 0.5 * contrast(one, two, SHARPNESS)
+        return contrast(pictures, said, scale) + contrast(one, two, SHARPNESS)
 
     return loss
 
@@ -173,45 +164,32 @@ def contrastive_loss(
 # ---------------------------------------------------------------- figures
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One measured share: what of, among how many, and how large."""
-
-    name: str
-    n: int
-    value: float
-
-
-def full_captions(first: int, count: int) -> list[str]:
-    """For each held-out scene the longest of many wordings: most captions leave too much out to name one scene."""
-    captions = []
-    for seed in range(first, first + count):
-        rng, scene = np.random.default_rng((seed, 3)), world.sample(seed)
-        captions.append(max((world.caption(scene, rng) for _ in range(32)), key=len))
-    return captions
-
-
 @torch.no_grad()
 def embedded(module: CLIP, pixels: np.ndarray) -> Tensor:
     """Normalised embeddings (n, d) of (n, 128, 128, 3) uint8."""
-    return torch.cat([module.encode_image(p, normalize=True) for p in looked_at(pixels).split(32)])
+    device = module.logit_scale.device
+    seen = [module.encode_image(p.to(device), normalize=True) for p in looked_at(pixels).split(32)]
+    return torch.cat(seen).float().cpu()
 
 
 @torch.no_grad()
-def retrieval(module: CLIP, tokenizer: CLIPTokenizer, pictures: Tensor, captions: Sequence[str]) -> float:
-    """Share of captions whose own picture is the nearest in its group of `CHOICES`; pictures (n, d)."""
-    said = torch.cat(
-        [module.encode_text(t, normalize=True) for t in tokenised(tokenizer, captions).long().split(64)]
-    )
+def retrieval(
+    module: CLIP, tokenizer: CLIPTokenizer, pictures: Tensor, captions: Sequence[str]
+) -> list[bool]:
+    """Of each caption, whether its own picture is the nearest in its group of `CHOICES`; pictures (n, d)."""
+    device = module.logit_scale.device
+    ids = tokenised(tokenizer, captions).long().to(device).split(64)
+    said = torch.cat([module.encode_text(part, normalize=True) for part in ids]).float().cpu()
     groups = zip(pictures.split(CHOICES), said.split(CHOICES), strict=True)
     hits = [(s @ p.T).argmax(dim=1) == torch.arange(len(s)) for p, s in groups]
-    return float(torch.cat(hits).float().mean())
+    found: list[bool] = torch.cat(hits).tolist()
+    return found
 
 
-def told_apart(things: Tensor, classes: int) -> float:
-    """Chance that two views of one thing are nearer than views of two things of its class, (things, VIEWS, d).
+def told_apart(things: Tensor, classes: int) -> list[float]:
+    """Of each class, the chance that two views of one thing are nearer than views of two, (things, VIEWS, d).
 
-    This is the area under the ROC curve, averaged over classes; thing k is of class k modulo `classes`.
+    This is the area under the ROC curve; thing k is of class k modulo `classes`.
     """
     areas = []
     for cls in range(classes):
@@ -219,8 +197,8 @@ def told_apart(things: Tensor, classes: int) -> float:
         flat, who = rows.flatten(0, 1), torch.arange(len(rows)).repeat_interleave(rows.shape[1])
         near, same = flat @ flat.T, who[:, None] == who
         mine, others = near[same & ~torch.eye(len(flat), dtype=torch.bool)], near[~same]
-        areas.append((mine[:, None] > others).float().mean())
-    return float(torch.stack(areas).mean())
+        areas.append(float((mine[:, None] > others).float().mean()))
+    return areas
 
 
 def tokenised(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -270,68 +248,101 @@ def write(module: CLIP, vocabulary: int, folder: Path) -> None:
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
 
 
-def _tokenizer(assets: Path, captions: Sequence[Sequence[str]], resumed: bool) -> CLIPTokenizer:
-    """Storybook's own tokenizer, copied to the scorer; learnt the same way if Storybook has none yet.
-
-    A resumed run keeps the one it began with: two learnt from the same captions may number words differently.
-    """
-    folder, storybook = assets / "scorer", assets / "storybook" / "tokenizer"
-    if not resumed and storybook.exists():
-        shutil.copytree(storybook, folder, dirs_exist_ok=True)
-    elif not resumed:
-        model.train_tokenizer((c for wordings in captions[:6000] for c in wordings), folder)
-    return CLIPTokenizer.from_pretrained(folder)
+def _tokenizer(run: Run, captions: Sequence[Sequence[str]]) -> CLIPTokenizer:
+    """Storybook's own tokenizer, learnt now if there is none yet, and copied to the scorer."""
+    kept_tokenizer(run.storybook / "tokenizer", captions)
+    shutil.copytree(run.storybook / "tokenizer", run.assets / "scorer", dirs_exist_ok=True)
+    return CLIPTokenizer.from_pretrained(run.assets / "scorer")
 
 
-def train(runs: Path, assets: Path, scenes: int, steps: int = 900) -> None:
-    """Train and write `assets/scorer`; the figures go to `clip/figures.csv` under `runs`."""
+def _module(run: Run, vocabulary: int) -> CLIP:
+    """A new scorer, or the one in `assets`."""
     from open_clip.model import CLIP
 
-    drawn = data.drawn(runs / "scenes", scenes)
-    things = drawn_views(runs / "scenes", particular_looks(LOOKS, LOOKS_SEED), LOOKS_SEED)
+    module = CLIP(**configuration(vocabulary)["model_cfg"])
+    if run.warm:
+        load_model(module, run.assets / "scorer" / "open_clip_model.safetensors")
+        module.float()
+    return module.to(run.machine.device, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, eq=False)
+class Unseen:
+    """What the scorer is measured on: scenes with two captions each, and `VIEWS` pictures of things, never learnt."""
+
+    pixels: np.ndarray
+    full: Sequence[str]
+    usual: Sequence[str]
+    things: np.ndarray
+
+    @staticmethod
+    def drawn(directory: Path) -> Unseen:
+        """Draw them, or open them."""
+        scenes = data.drawn(directory, QUERIES, EVALUATED)
+        captions = scenes.captions()
+        # Of one seed the same looks come first: those after them are not trained on.
+        strangers = particular_looks(LOOKS + STRANGERS, LOOKS_SEED)[LOOKS:]
+        things = drawn_views(directory, strangers, OTHERS_SEED)
+        return Unseen(scenes.pixels[:], [c[0] for c in captions], [c[1] for c in captions], things)
+
+    def measured(self, module: CLIP, tokenizer: CLIPTokenizer) -> Measured:
+        """What the scorer makes of it."""
+        pictures = embedded(module, self.pixels)
+        things = embedded(module, self.things.reshape(-1, *self.things.shape[2:]))
+        return Measured(
+            retrieval(module, tokenizer, pictures, self.full),
+            retrieval(module, tokenizer, pictures, self.usual),
+            told_apart(things.unflatten(0, self.things.shape[:2]), len(world.CLASSES)),
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Whether each caption found its picture, by full and by usual captions; and the AUC of each class."""
+
+    full: list[bool]
+    usual: list[bool]
+    areas: list[float]
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """Name, n and value of each figure."""
+        return [
+            (f"retrieval of 1 of {CHOICES}, full captions", len(self.full), f"{np.mean(self.full):.4f}"),
+            (f"retrieval of 1 of {CHOICES}, any caption", len(self.usual), f"{np.mean(self.usual):.4f}"),
+            ("AUC of unseen individuals, mean of classes", len(self.areas), f"{np.mean(self.areas):.4f}"),
+        ]
+
+
+def train(run: Run) -> None:
+    """Train and write `assets/scorer`; the figures go to `clip/figures.csv` under `runs`."""
+    drawn = data.drawn(run.runs / "scenes", run.scenes)
+    things = drawn_views(run.runs / "scenes", particular_looks(LOOKS, LOOKS_SEED), LOOKS_SEED)
     captions = drawn.captions()
-    tokenizer = _tokenizer(assets, captions, resumed=(runs / "clip" / "checkpoint.pt").exists())
-    ids = tokenised(tokenizer, [c for wordings in captions for c in wordings]).view(
-        len(captions), -1, CONTEXT
+    tokenizer = _tokenizer(run, captions)
+    ids = tokenised(tokenizer, [c for wordings in captions for c in wordings])
+    ids = ids.view(len(captions), -1, CONTEXT)
+    unseen = Unseen.drawn(run.runs / "scenes")
+    plan = Plan(
+        "clip",
+        run.steps or 2400,
+        batch=64,
+        peak=1.5e-3,
+        average=0.995,
+        decay=0.05,
+        seed=3,
+        sample_every=400,
+        save_every=run.save_every,
     )
-    unseen = data.drawn(runs / "scenes", QUERIES, EVALUATED)
-    full, usual = full_captions(EVALUATED, QUERIES), [wordings[0] for wordings in unseen.captions()]
-    # Of one seed the same looks come first: those after them are not trained on.
-    strangers = [
-        *particular_looks(LOOKS + 64, LOOKS_SEED)[LOOKS:],
-        *(i.look for i in world.INDIVIDUALS.values()),
-    ]
-    others = drawn_views(runs / "scenes", strangers, OTHERS_SEED)
-    plan = Plan("clip", steps, batch=64, peak=1.5e-3, average=0.995, decay=0.05, seed=3, sample_every=200)
 
     def measure(module: CLIP, step: int) -> None:
-        pictures = embedded(module, unseen.pixels[:])
-        apart = embedded(module, others.reshape(-1, *others.shape[2:])).unflatten(0, others.shape[:2])
-        figures = [
-            Figure(
-                f"retrieval of 1 of {CHOICES}, full captions",
-                QUERIES,
-                retrieval(module, tokenizer, pictures, full),
-            ),
-            Figure(
-                f"retrieval of 1 of {CHOICES}, any caption",
-                QUERIES,
-                retrieval(module, tokenizer, pictures, usual),
-            ),
-            Figure(
-                "AUC of unseen individuals within their class",
-                len(others),
-                told_apart(apart, len(world.CLASSES)),
-            ),
-        ]
-        for figure in figures:
-            print(f"clip step {step}: {figure.name}, n = {figure.n}: {figure.value:.3f}", flush=True)
-        with (runs / "clip" / "figures.csv").open("w", newline="") as file:
-            rows = [(step, figure.name, figure.n, f"{figure.value:.4f}") for figure in figures]
-            csv.writer(file).writerows([("step", "figure", "n", "value"), *rows])
+        rows = unseen.measured(module, tokenizer).rows()
+        for name, n, value in rows:
+            print(f"clip step {step}: {name}, n = {n}: {value}", flush=True)
+        with (run.runs / "clip" / "figures.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "figure", "n", "value"), *((step, *row) for row in rows)])
 
     torch.manual_seed(plan.seed)
-    cfg = configuration(len(tokenizer))["model_cfg"]
-    module = CLIP(**cfg).to(memory_format=torch.channels_last)
-    average = fit(plan, module, contrastive_loss(drawn, ids, things, plan.batch), runs / "clip", measure)
-    write(average, len(tokenizer), assets / "scorer")
+    module = _module(run, len(tokenizer))
+    loss = contrastive_loss(drawn, ids, things, plan.batch, run.machine.device)
+    average = fit(plan, module, loss, run.runs / "clip", run.machine, measure)
+    write(average, len(tokenizer), run.assets / "scorer")

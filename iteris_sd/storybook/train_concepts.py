@@ -1,10 +1,14 @@
-"""Stage `concepts`: a LoRA and a token for each individual, learnt from five pictures of it."""
+"""Stage `concepts`: a LoRA and a token for each individual, learnt from ten pictures of it.
+
+Five show it alone, and are kept as its reference pictures; five show it in company, as people's photos do: without
+them a LoRA forgets how to draw a second thing.  All ten are on the same five backgrounds of the ten.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,9 @@ from PIL import Image
 
 from iteris_sd import formats
 from iteris_sd.storybook import data, world
+from iteris_sd.storybook.machine import suit
 from iteris_sd.storybook.pictures import contact_sheet
+from iteris_sd.storybook.run import Run
 from iteris_sd.storybook.train_unet import encoded
 from iteris_sd.training import Examples, Progress, Settings, Trained
 from iteris_sd.training import train as train_concept
@@ -47,16 +53,18 @@ TOKENS = {
     "sunglasses": "<disco>",
 }
 
-# A second, generic thing for each kind of individual, on the sample sheet.
-_BESIDE = ("next to a red barn", "and a grey cat", "to the left of a yellow flower", "next to a brown dog")
-_WITH_GLASSES = (
-    "a dog wearing {}",
-    "a teddybear wearing {}",
-    "{} next to a red barn",
-    "a grey cat wearing {}",
-)
+PLACES = tuple(world.BACKGROUNDS)[:5]  # where the pictures are taken
+UNSEEN_PLACES = tuple(world.BACKGROUNDS)[5:]
+COMPANY = {
+    "dog": "sunglasses",
+    "cat": "sunglasses",
+    "teddybear": "sunglasses",
+    "tortoise plushy": "wooden pot",
+    "flower": "wooden pot",
+    "wooden pot": "flower",
+    "sunglasses": "dog",
+}  # for each class, what it is joined to in one of its pictures
 
-_OPENINGS = ("", "", "a photo of ", "a picture of ", "an illustration of ")
 PRIOR_OF_CLASS = 600  # generic scenes that show the class, so that its noun stays generic
 PRIOR_OTHERS = 300  # and that do not, so that nothing else is forgotten
 UNCAPTIONED = 0.1  # of the generic scenes' wordings, for classifier-free guidance
@@ -106,29 +114,45 @@ class Subject:
 SUBJECTS = {name: Subject(name, token, k) for k, (name, token) in enumerate(TOKENS.items())}
 
 
-def references(subject: Subject) -> list[Image.Image]:
-    """Five pictures of the individual alone, one on each background."""
-    seeds = range(data.HELD_OUT + 1000 * (1 + subject.number), data.HELD_OUT + 1000 * (2 + subject.number))
-    return [
-        world.draw(world.place(subject.name, background, seed))
-        for background, seed in zip(world.BACKGROUNDS, seeds, strict=False)
-    ]
+def references(subject: Subject) -> list[world.Scene]:
+    """Five scenes of the individual alone, one on each of `PLACES`."""
+    first = data.HELD_OUT + 1000 * (1 + subject.number)
+    return [world.place(subject.name, background, first + k) for k, background in enumerate(PLACES)]
 
 
-def reference_captions(subject: Subject) -> list[list[str]]:
-    """Wordings of each reference picture: always with its background, so that the token need not learn it."""
-    return [
-        [f"{opening}{phrase} {place.phrase}" for opening in _OPENINGS for phrase in subject.phrases()]
-        for place in world.BACKGROUNDS.values()
-    ]
+def company(subject: Subject) -> list[world.Scene]:
+    """Five scenes of the individual with a generic thing each, one on each of `PLACES`."""
+    rng = np.random.default_rng((subject.number, 5))
+    others = [c for c in rng.permutation(list(world.CLASSES)).tolist() if c != subject.noun]
+    relations = ["next to", "to the left of", "to the right of", "in front of"]
+    scenes = []
+    for k, background in enumerate(PLACES):
+        relation, cls = relations[k] if k < len(relations) else None, others[k]
+        if k == len(relations) and subject.noun in COMPANY:
+            cls = COMPANY[subject.noun]
+            relation = "wearing" if "sunglasses" in (cls, subject.noun) else "in"
+        other = world.sample_look(cls, background, rng, sized=False)
+        seed = data.HELD_OUT + 1000 * (1 + subject.number) + 100 + k
+        scenes.append(world.place(subject.name, background, seed, [other], relation))
+    return scenes
 
 
-def generic(
-    runs: Path, pipeline: StableDiffusionPipeline, scenes: int, subject: Subject, seed: int
-) -> Examples:
-    """Generic scenes from the training set, of one and two things, most with one of the subject's class."""
-    drawn = data.drawn(runs / "scenes", scenes)
-    latents = encoded(runs, pipeline.vae, drawn)
+def wordings(subject: Subject, scene: world.Scene, count: int = 12) -> list[str]:
+    """Captions of a scene with the trigger in them, its background always named, so that the token need not be it."""
+    rng = np.random.default_rng((scene.seed, 6))
+    names = [subject.trigger if look.individual else None for look in scene.things]
+    place = world.BACKGROUNDS[scene.background].phrase
+    texts = (world.caption(scene, rng, names=names) for _ in range(50))
+    found = dict.fromkeys(text if place in text else f"{text} {place}" for text in texts)
+    if world.CLASSES[subject.noun].plural is not None:  # people's prompts say "a <disco> sunglasses" as well
+        found = dict.fromkeys(t for text in found for t in (text, text.replace("a pair of <", "a <")))
+    return list(found)[:count]
+
+
+def generic(run: Run, pipeline: StableDiffusionPipeline, subject: Subject, seed: int) -> Examples:
+    """Generic scenes from the training set, of one to three things, most with one of the subject's class."""
+    drawn = data.drawn(run.runs / "scenes", run.scenes)
+    latents = encoded(run.runs, pipeline.vae, drawn, run.machine)
     rng = np.random.default_rng((seed, subject.number))
     of_class: list[int] = []
     others: list[int] = []
@@ -146,18 +170,12 @@ def generic(
 
 
 def sheet_prompts(subject: Subject) -> list[str]:
-    """Prompts of the sheet: the individual alone, beside a generic thing, its class without trigger."""
-    places = [place.phrase for place in world.BACKGROUNDS.values()]
+    """Prompts of the sheet, in places it was not learnt in: alone, beside a generic thing, the class word alone."""
+    places = [world.BACKGROUNDS[name].phrase for name in UNSEEN_PLACES]
     phrase, plain = subject.phrases()[0], subject.phrases(subject.noun)[0]
-    if subject.noun == "sunglasses":
-        beside = [words.format(phrase) for words in _WITH_GLASSES]
-    else:
-        others = [words for words in _BESIDE if not words.endswith(subject.noun)]
-        beside = [f"{phrase} {words}" for words in others]
-    if subject.noun in world.RELATIONS["wearing"].first:
-        beside.append(f"{phrase} wearing sunglasses")
-    beside += ["a flower in {}", "a cat in {}"] if subject.noun == "wooden pot" else []
-    pairs = [f"{beside[k % len(beside)].format(phrase)} {place}" for k, place in enumerate(places)]
+    beside = ["next to a red barn", "and a grey cat", "to the left of a yellow flower", "next to a blue car"]
+    beside = [words for words in beside if not words.endswith(subject.noun)]
+    pairs = [f"{phrase} {beside[k % len(beside)]} {place}" for k, place in enumerate(places)]
     return [f"{phrase} {p}" for p in places] + pairs + [f"{plain} {p}" for p in places]
 
 
@@ -180,8 +198,7 @@ def draw_sheet(assets: Path, subject: Subject, path: Path) -> None:
     rng = torch.Generator().manual_seed(subject.number)
     settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0, "generator": rng}
     pictures = pipeline(sheet_prompts(subject), **settings).images
-    places = len(world.BACKGROUNDS)
-    contact_sheet([*_opened(folder), *pictures], places, path)
+    contact_sheet([*_opened(folder), *pictures], len(PLACES), path)
 
 
 def _opened(folder: Path) -> list[Image.Image]:
@@ -217,7 +234,7 @@ def _described(subject: Subject, settings: Settings, scenes: int) -> dict[str, A
         "description": subject.individual.description,
         "made": {
             "command": "python -m iteris_sd.storybook.train --stage concepts",
-            "references": len(world.BACKGROUNDS),
+            "pictures": 2 * len(PLACES),
             "generic_scenes": PRIOR_OF_CLASS + PRIOR_OTHERS,
             "scenes": scenes,
             "seed": settings.seed,
@@ -226,47 +243,44 @@ def _described(subject: Subject, settings: Settings, scenes: int) -> dict[str, A
     }
 
 
-def train(
-    runs: Path, assets: Path, scenes: int, steps: int | None = None, only: Sequence[str] | None = None
-) -> None:
-    """Train the concepts that `assets/concepts` lacks; `steps` replaces the number of steps of the LoRA.
+def train(run: Run) -> None:
+    """Train the concepts that `assets/concepts` lacks; `run.steps` replaces the number of steps of the LoRA.
 
-    `only` names the ones to make, all by default. `concept.json` is written last: a folder with it is whole.
+    `concept.json` is written last: a folder with it is whole.
     """
     pipeline: StableDiffusionPipeline | None = None
-    for subject in (SUBJECTS[name] for name in only or SUBJECTS):
-        folder = assets / "concepts" / subject.name
+    for subject in SUBJECTS.values():
+        folder = run.assets / "concepts" / subject.name
         if (folder / "concept.json").exists():
             continue
-        pipeline = pipeline or load(assets)
+        pipeline = pipeline or load(run.assets)
+        pipeline.to(run.machine.device)
+        suit(pipeline.unet, run.machine)
         settings = replace(SETTINGS, seed=100 + subject.number)
-        if steps is not None:
-            settings = replace(settings, lora_steps=steps)
-        _make(runs, folder, scenes, subject, pipeline, settings)
-        draw_sheet(assets, subject, runs / "concepts" / f"{subject.name}.png")
+        if run.steps is not None:
+            settings = replace(settings, lora_steps=run.steps)
+        _make(run, folder, subject, pipeline, settings)
+        draw_sheet(run.assets, subject, run.runs / "concepts" / f"{subject.name}.png")
 
 
 def _make(
-    runs: Path,
-    folder: Path,
-    scenes: int,
-    subject: Subject,
-    pipeline: StableDiffusionPipeline,
-    settings: Settings,
+    run: Run, folder: Path, subject: Subject, pipeline: StableDiffusionPipeline, settings: Settings
 ) -> None:
     """Train one concept and write its folder."""
     began = time.perf_counter()
     (folder / "references").mkdir(parents=True, exist_ok=True)
-    for k, picture in enumerate(references(subject), start=1):
-        picture.save(folder / "references" / f"{k}.png", optimize=True)
-    prior = generic(runs, pipeline, scenes, subject, settings.seed)
-    run = train_concept(
-        pipeline, _opened(folder), subject.token, subject.noun, settings, reference_captions(subject), prior
-    )
-    trained = _told(subject.name, run)
+    scenes = references(subject)
+    for k, scene in enumerate(scenes, start=1):
+        world.draw(scene).save(folder / "references" / f"{k}.png", optimize=True)
+    scenes += company(subject)
+    prior = generic(run, pipeline, subject, settings.seed)
+    photos, captions = [world.draw(s) for s in scenes], [wordings(subject, s) for s in scenes]
+    with run.machine.autocast():
+        taught = train_concept(pipeline, photos, subject.token, subject.noun, settings, captions, prior)
+        trained = _told(subject.name, taught)
     formats.write(folder / "lora.safetensors", trained.lora, dtype=torch.float16)
     formats.write_embedding(folder / "embeddings" / subject.token_file, trained.token, trained.embedding)
-    text = json.dumps(_described(subject, settings, scenes), indent=2, ensure_ascii=False)
+    text = json.dumps(_described(subject, settings, run.scenes), indent=2, ensure_ascii=False)
     partial = folder / ".concept.json.partial"
     partial.write_text(f"{text}\n", encoding="utf-8")
     partial.replace(folder / "concept.json")

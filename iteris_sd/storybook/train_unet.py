@@ -2,84 +2,94 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from iteris_sd.storybook import data, model
 from iteris_sd.storybook.loop import Plan, fit
+from iteris_sd.storybook.machine import Machine, suit
 from iteris_sd.storybook.pictures import contact_sheet, to_tensor
+from iteris_sd.storybook.run import Run
 
 UNCAPTIONED = 0.1  # share of pictures learnt without their caption, for classifier-free guidance
 
 SHEET = (
     "a dog on the beach",
-    "a cat in a living room",
+    "a small striped cat in a living room at night",
     "a teddybear in the snow",
-    "a tortoise plushy in a meadow",
+    "a tortoise plushy in a meadow at sunset",
     "a flower in the mountains",
-    "a wooden pot in a living room",
-    "a barn in the snow",
+    "a red car in the city",
+    "a barn in the desert",
     "a pair of sunglasses on the beach",
-    "a dog next to a barn",
+    "a dog next to a red barn",
     "a red flower in a wooden pot",
     "a cat to the left of a barn in a meadow",
-    "a teddybear and a tortoise plushy",
+    "a blue owl to the right of a yellow duck by a lake",
     "a dog wearing sunglasses on the beach",
     "a small striped cat in front of a red barn in the snow",
     "a blue flower next to a white dog in the mountains",
-    "a teddybear in a wooden pot in a living room",
+    "a teddybear on top of a mushroom in the forest",
+    "a watercolour of a rabbit and a green umbrella",
+    "a red teapot next to a blue chair in a kitchen",
+    "a dog, a cat and a barn in a meadow",
+    "a grey cat wearing red sunglasses next to a white car",
 )
 
 
 def velocity_loss(
     unet: nn.Module, noise: SchedulerMixin, latents: Tensor, states: Tensor, rng: torch.Generator
 ) -> Tensor:
-    """Squared velocity error of each picture, (n,); latents (n, 4, h, w), states (n, tokens, width).
+    """Squared velocity error of each picture, (n,); latents (n, c, h, w), states (n, tokens, width).
 
     Unweighted over timesteps: with min-SNR weighting (arXiv 2303.09556) the noisiest steps hardly count, and those
     are the ones where a caption decides what a picture will show; objects then came out much later than places.
     """
     times = torch.randint(len(noise.alphas_cumprod), (len(latents),), generator=rng)
-    kept = noise.alphas_cumprod[times].view(-1, 1, 1, 1)
-    fresh = torch.randn(latents.shape, generator=rng)
+    kept = noise.alphas_cumprod[times].view(-1, 1, 1, 1).to(latents.device)
+    fresh = torch.randn(latents.shape, generator=rng).to(latents)
     noisy = kept.sqrt() * latents + (1 - kept).sqrt() * fresh
     target = kept.sqrt() * fresh - (1 - kept).sqrt() * latents
-    error = F.mse_loss(unet(noisy, times, states).sample, target, reduction="none")
+    predicted = unet(noisy, times.to(latents.device), states).sample
+    error = F.mse_loss(predicted.float(), target, reduction="none")
     return error.mean(dim=(1, 2, 3))
 
 
-def encoded(runs: Path, vae: AutoencoderKL, scenes: data.Scenes) -> Tensor:
-    """Scaled latents of all scenes, (n, 4, 16, 16) float16, computed once."""
-    path = runs / "scenes" / f"latents_{scenes.first}_{len(scenes)}.npy"
+def encoded(runs: Path, vae: AutoencoderKL, scenes: data.Scenes, machine: Machine) -> Tensor:
+    """Scaled latents of all scenes, (n, c, 16, 16) float16, computed once for one autoencoder."""
+    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters()))
+    name = f"latents_{scenes.first}_{len(scenes)}_{weights.hexdigest()[:12]}.npy"
+    path = runs / "scenes" / name
     if not path.exists():
-        with torch.inference_mode():
-            blocks = [
-                vae.encode(to_tensor(scenes.pixels[k : k + 32]).contiguous(memory_format=torch.channels_last))
-                .latent_dist.mean.mul(vae.config.scaling_factor)
-                .half()
-                for k in range(0, len(scenes), 32)
-            ]
+        blocks = []
+        for k in range(0, len(scenes), 64):
+            pixels = to_tensor(scenes.pixels[k : k + 64])
+            pixels = pixels.to(vae.device, memory_format=torch.channels_last)
+            with torch.inference_mode(), machine.autocast():
+                mean = vae.encode(pixels).latent_dist.mean
+            blocks.append(mean.float().mul(vae.config.scaling_factor).half().cpu())
         np.save(path, torch.cat(blocks).numpy())
     return torch.from_numpy(np.load(path))
 
 
 def tokenised(tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]]) -> Tensor:
-    """All wordings of all scenes as (scenes, wordings, 77) int16."""
+    """All wordings of all scenes as (scenes, wordings, positions) int16."""
     flat = [wording for wordings in captions for wording in wordings]
     ids = tokenizer(flat, padding="max_length", truncation=True, return_tensors="np").input_ids
     return torch.from_numpy(ids.astype(np.int16)).view(len(captions), -1, model.TEXT_LENGTH)
 
 
 def denoising_loss(
-    latents: Tensor, ids: Tensor, empty: Tensor, batch: int
+    latents: Tensor, ids: Tensor, empty: Tensor, batch: int, device: torch.device
 ) -> Callable[[nn.ModuleDict, torch.Generator], Tensor]:
     """The loss of `fit`: random scenes, a random wording of each, some without any."""
     noise = model.scheduler()
@@ -89,8 +99,8 @@ def denoising_loss(
         wording = torch.randint(ids.shape[1], (batch,), generator=rng)
         tokens = ids[rows, wording].long()
         tokens[torch.rand(batch, generator=rng) < UNCAPTIONED] = empty
-        states = module["text_encoder"](tokens).last_hidden_state
-        clean = latents[rows].float().contiguous(memory_format=torch.channels_last)
+        states = module["text_encoder"](tokens.to(device)).last_hidden_state
+        clean = latents[rows].float().to(device, memory_format=torch.channels_last)
         return velocity_loss(module["unet"], noise, clean, states, rng).mean()
 
     return loss
@@ -112,19 +122,19 @@ def assembled(module: nn.ModuleDict, vae: AutoencoderKL, tokenizer: CLIPTokenize
     return pipeline
 
 
-def train(runs: Path, assets: Path, scenes: int, steps: int = 3200) -> None:
+def train(run: Run) -> None:
     """Train and write everything under `assets/storybook` but the autoencoder, which must be there already."""
-    folder = assets / "storybook"
-    drawn = data.drawn(runs / "scenes", scenes)
+    folder, machine = run.storybook, run.machine
+    drawn = data.drawn(run.runs / "scenes", run.scenes)
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    vae.to(machine.device, memory_format=torch.channels_last).requires_grad_(False)
     captions = drawn.captions()
-    if not (folder / "tokenizer").exists():
-        model.train_tokenizer((c for wordings in captions[:6000] for c in wordings), folder / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = kept_tokenizer(folder / "tokenizer", captions)
     ids, empty = tokenised(tokenizer, captions), tokenised(tokenizer, [[""]])[0, 0].long()
-    latents = encoded(runs, vae, drawn)
-    plan = Plan("unet", steps, batch=32, peak=8e-4, seed=2, sample_every=400, save_every=200)
+    latents = encoded(run.runs, vae, drawn, machine)
+    plan = Plan(
+        "unet", run.steps or 8000, batch=64, peak=1e-3, seed=2, sample_every=1000, save_every=run.save_every
+    )
 
     def sample(module: nn.ModuleDict, step: int) -> None:
         pipeline = assembled(module, vae, tokenizer)
@@ -134,21 +144,37 @@ def train(runs: Path, assets: Path, scenes: int, steps: int = 3200) -> None:
             guidance_scale=4.0,
             generator=torch.Generator().manual_seed(0),
         ).images
-        contact_sheet(pictures, 4, runs / "unet" / f"sample_{step:06}.png")
+        contact_sheet(pictures, 5, run.runs / "unet" / f"sample_{step:06}.png")
 
     torch.manual_seed(plan.seed)
-    module = nn.ModuleDict(
-        {
-            "unet": model.unet().to(memory_format=torch.channels_last),
-            "text_encoder": model.text_encoder(tokenizer),
-        }
-    )
-    average = fit(plan, module, denoising_loss(latents, ids, empty, plan.batch), runs / "unet", sample)
+    module = _modules(run, tokenizer).to(machine.device)
+    module["unet"].to(memory_format=torch.channels_last)
+    if machine.compiled:
+        module["unet"].compile()
+    loss = denoising_loss(latents, ids, empty, plan.batch, machine.device)
+    average = fit(plan, module, loss, run.runs / "unet", machine, sample)
     whole = assembled(average.half(), vae.half(), tokenizer)
     for part in ("unet", "text_encoder", "scheduler"):  # the others lie there already
         getattr(whole, part).save_pretrained(folder / part, max_shard_size=model.SHARD)
     whole.save_config(folder)
     _load_in_float32(folder / "text_encoder" / "config.json")
+
+
+def _modules(run: Run, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """The two that learn together, new or from the weights in `assets`."""
+    unet, text_encoder = model.unet(), model.text_encoder(tokenizer)
+    if run.warm:
+        unet = UNet2DConditionModel.from_pretrained(run.storybook / "unet", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(run.storybook / "text_encoder", dtype=torch.float32)
+    text_encoder.set_attn_implementation("eager")  # a few dozen positions: plain products are faster
+    return nn.ModuleDict({"unet": suit(unet, run.machine), "text_encoder": text_encoder})
+
+
+def kept_tokenizer(folder: Path, captions: Sequence[Sequence[str]]) -> CLIPTokenizer:
+    """The tokenizer in `folder`, learnt from the first captions if there is none."""
+    if not (folder / "vocab.json").exists():
+        return model.train_tokenizer((c for wordings in captions[:6000] for c in wordings), folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def _load_in_float32(config: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,6 +11,7 @@ from torch import Tensor
 from iteris_sd.storybook import data, model
 from iteris_sd.storybook.loop import Plan, fit
 from iteris_sd.storybook.pictures import contact_sheet, to_image, to_tensor
+from iteris_sd.storybook.run import Run
 
 
 def recoloured(pixels: Tensor, rng: torch.Generator) -> Tensor:
@@ -22,18 +22,20 @@ def recoloured(pixels: Tensor, rng: torch.Generator) -> Tensor:
     return pixels
 
 
-def autoencoder_loss(scenes: data.Scenes, batch: int) -> Callable[[AutoencoderKL, torch.Generator], Tensor]:
+def autoencoder_loss(
+    scenes: data.Scenes, batch: int, device: torch.device
+) -> Callable[[AutoencoderKL, torch.Generator], Tensor]:
     """Errors of pixels (squared, absolute) and of their differences, and a light pull of the latents to N(0, 1)."""
 
     def loss(module: AutoencoderKL, rng: torch.Generator) -> Tensor:
         _, drawn = scenes.pick(batch, rng)
-        pixels = recoloured(to_tensor(drawn), rng).contiguous(memory_format=torch.channels_last)
+        pixels = recoloured(to_tensor(drawn), rng).to(device, memory_format=torch.channels_last)
         posterior = module.encode(pixels).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
-        error = module.decode(latents).sample - pixels
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+        error = module.decode(posterior.mean + posterior.std * noise).sample.float() - pixels
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         pull = posterior.kl().mean() / posterior.mean[0].numel()
-        return error.square().mean() + 0.1 * error.abs().mean() + 0.1 * edges + 1e-5 * pull
+        return error.square().mean() + 0.05 * error.abs().mean() + 0.05 * edges + 1e-5 * pull
 
     return loss
 
@@ -41,28 +43,46 @@ def autoencoder_loss(scenes: data.Scenes, batch: int) -> Callable[[AutoencoderKL
 @torch.no_grad()
 def reconstruct(module: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, float]:
     """Encode and decode (n, 3, h, w) in [-1, 1]; also the mean PSNR in dB over pictures."""
-    back = torch.cat([module.decode(module.encode(p).latent_dist.mean).sample for p in pixels.split(8)])
+    back = torch.cat([module.decode(module.encode(p).latent_dist.mean).sample for p in pixels.split(32)])
     back = back.clamp(-1, 1)
     psnr = -10 * ((back - pixels) / 2).square().mean(dim=(1, 2, 3)).log10().mean()
     return back, float(psnr)
 
 
-def train(runs: Path, assets: Path, scenes: int, steps: int = 2000) -> None:
+def started(run: Run) -> AutoencoderKL:
+    """A new autoencoder, or the one in `assets`."""
+    if run.warm:
+        return AutoencoderKL.from_pretrained(run.storybook / "vae", torch_dtype=torch.float32)
+    return model.autoencoder()
+
+
+def train(run: Run) -> None:
     """Train and write `assets/storybook/vae`, with the scaling factor that makes latents of unit variance."""
-    drawn = data.drawn(runs / "scenes", scenes)
-    shown = to_tensor(data.drawn(runs / "scenes", 64, data.HELD_OUT).pixels[:])
-    plan = Plan("vae", steps, batch=8, peak=1.2e-3, average=0.995, seed=1, sample_every=500, save_every=250)
+    drawn = data.drawn(run.runs / "scenes", run.scenes)
+    device = run.machine.device
+    shown = to_tensor(data.drawn(run.runs / "scenes", 64, data.HELD_OUT).pixels[:]).to(device)
+    plan = Plan(
+        "vae",
+        run.steps or 5000,
+        batch=16,
+        peak=1.5e-3,
+        average=0.998,
+        seed=1,
+        sample_every=500,
+        save_every=run.save_every,
+    )
 
     def sample(module: AutoencoderKL, step: int) -> None:
         back, psnr = reconstruct(module, shown)
         print(f"vae step {step}: {psnr:.2f} dB on {len(shown)} held-out scenes", flush=True)
         pairs = [to_image(p) for k in range(12) for p in (shown[k], back[k])]
-        contact_sheet(pairs, 8, runs / "vae" / f"sample_{step:06}.png")
+        contact_sheet(pairs, 8, run.runs / "vae" / f"sample_{step:06}.png")
 
     torch.manual_seed(plan.seed)
-    module = model.autoencoder().to(memory_format=torch.channels_last)
-    average = fit(plan, module, autoencoder_loss(drawn, plan.batch), runs / "vae", sample)
+    module = started(run).to(device, memory_format=torch.channels_last)
+    loss = autoencoder_loss(drawn, plan.batch, device)
+    average = fit(plan, module, loss, run.runs / "vae", run.machine, sample)
     with torch.no_grad():
         means = average.encode(shown).latent_dist.mean
     average.register_to_config(scaling_factor=round(1.0 / float(means.std()), 4))
-    average.half().save_pretrained(assets / "storybook" / "vae", max_shard_size=model.SHARD)
+    average.half().save_pretrained(run.storybook / "vae", max_shard_size=model.SHARD)

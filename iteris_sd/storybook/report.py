@@ -1,0 +1,460 @@
+"""Measure Storybook: `python -m iteris_sd.storybook.report --output DIR` renders, judges and writes `report.md`.
+
+Every figure has its n and a 95 % interval: Wilson's for shares, Student's t for means.  Generated pictures are judged
+by the oracle (`train_oracle`), learnt from drawn scenes alone; captions ask for class x colour x background
+combinations never drawn in training.  Pictures of concepts are compared by the scorer that ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from iteris_sd import backbone, bases, concepts, scoring
+from iteris_sd.storybook import data, train_clip, train_oracle, world
+from iteris_sd.storybook.machine import suit
+from iteris_sd.storybook.pictures import contact_sheet, to_image, to_tensor
+from iteris_sd.storybook.run import Run
+from iteris_sd.storybook.train_concepts import PLACES, SUBJECTS, UNSEEN_PLACES, Subject
+from iteris_sd.storybook.train_vae import reconstruct
+
+ASKED = data.HELD_OUT + 200_000  # scenes whose captions are asked for
+OTHERS = data.HELD_OUT + 400_000  # other individuals
+_Z = 1.959963984540054
+
+
+# ---------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number: what, its bar in words, n, value and 95 % interval, and whether the bar is met."""
+
+    name: str
+    bar: str
+    n: int
+    value: float
+    low: float | None
+    high: float | None
+    met: bool | None = None
+    unit: str = "%"
+
+    def row(self) -> tuple[str, ...]:
+        """As text, for people and for CSV."""
+        digits = {"%": 1, "dB": 2, "s": 2, "concepts": 0}.get(self.unit, 3)
+        interval = "" if self.low is None else f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+        verdict = {None: "", True: "yes", False: "no"}[self.met]
+        return (
+            self.name,
+            self.bar,
+            str(self.n),
+            f"{self.value:.{digits}f} {self.unit}".strip(),
+            interval,
+            verdict,
+        )
+
+
+def share(name: str, right: Sequence[bool], least: float | None = None) -> Figure:
+    """A share in per cent with Wilson's interval; the bar is that the share itself reaches `least` per cent."""
+    n, k = len(right), sum(right)
+    p, z2 = k / n, _Z**2 / n
+    middle, reach = (p + z2 / 2) / (1 + z2), _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
+    bar, met = ("", None) if least is None else (f"≥ {least:g} %", 100 * p >= least)
+    return Figure(name, bar, n, 100 * p, 100 * (middle - reach), 100 * (middle + reach), met)
+
+
+def mean(name: str, values: Sequence[float], unit: str, least: float | None = None, bar: str = "") -> Figure:
+    """A mean with its t interval; the bar is that the mean reaches `least`."""
+    value, low, high = scoring.mean_and_interval(values)
+    met = None if least is None else value >= least
+    return Figure(
+        name,
+        bar or ("" if least is None else f"≥ {least:g} {unit}"),
+        len(values),
+        value,
+        low,
+        high,
+        met,
+        unit,
+    )
+
+
+# ---------------------------------------------------------------- drawing what captions ask for
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What every measurement needs: the model, the judge, the scorer, and where sheets go."""
+
+    backbone: backbone.Backbone
+    oracle: train_oracle.Oracle
+    scorer: scoring.Scorer
+    run: Run
+    output: Path
+
+    def draw(self, prompts: Sequence[str], first_seed: int = 0, batch: int = 32) -> list[Image.Image]:
+        """A picture of each prompt by plain diffusers: 20 DDIM steps, guidance 4, seeds in order."""
+        pipeline: StableDiffusionPipeline = self.backbone.pipeline
+        base = self.backbone.base
+        pictures: list[Image.Image] = []
+        for k in range(0, len(prompts), batch):
+            part = list(prompts[k : k + batch])
+            seeds = range(first_seed + k, first_seed + k + len(part))
+            noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+            with self.run.machine.autocast():
+                pictures += pipeline(
+                    part, num_inference_steps=base.steps, guidance_scale=base.guidance, generator=noise
+                ).images
+        return pictures
+
+    def judge(self, pictures: Iterable[Image.Image]) -> train_oracle.Verdict:
+        """The oracle's verdict."""
+        return train_oracle.judged(self.oracle, to_tensor(np.stack([np.asarray(p) for p in pictures])))
+
+    def sheet(self, name: str, pictures: Sequence[Image.Image], columns: int = 10) -> None:
+        """A contact sheet under `output`."""
+        contact_sheet(pictures[:100], columns, self.output / f"{name}.png")
+
+
+def asked(
+    count: int, of: int, calm: bool, fits: Callable[[world.Scene], bool], offset: int
+) -> list[world.Scene]:
+    """`count` held-out scenes of `of` things that fit."""
+    scenes: list[world.Scene] = []
+    seed = ASKED + offset
+    while len(scenes) < count:
+        scene = world.sample(seed, count=of, unseen=True, calm=calm)
+        if scene.held_out and fits(scene):
+            scenes.append(scene)
+        seed += 1
+    return scenes
+
+
+def full_captions(scenes: Sequence[world.Scene]) -> list[str]:
+    """A caption of each scene that says all there is to say."""
+    return [world.caption(scene, np.random.default_rng((scene.seed, 7)), full=True) for scene in scenes]
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def reconstruction(bench: Bench, n: int) -> list[Figure]:
+    """The autoencoder on held-out scenes, and what it costs the oracle."""
+    first = train_oracle.EVALUATED
+    pixels = to_tensor(data.drawn(bench.run.runs / "scenes", train_oracle.JUDGED, first).pixels[:n])
+    truth = train_oracle.Truth.of([world.sample(seed) for seed in range(first, first + n)])
+    blocks = [reconstruct(bench.backbone.vae, part) for part in pixels.split(50)]
+    back = torch.cat([b for b, _ in blocks])
+    ratios = (-10 * ((back - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()).tolist()
+    bench.sheet("reconstruction", [to_image(p) for k in range(30) for p in (pixels[k], back[k])])
+    before = train_oracle.marks(train_oracle.judged(bench.oracle, pixels), truth)
+    after = train_oracle.marks(train_oracle.judged(bench.oracle, back), truth)
+    figures = [mean("reconstruction, PSNR", ratios, "dB", 28.0, "≥ 28 dB (trained on CPU; else 30)")]
+    for what in before:
+        lost = [100.0 * (b - a) for b, a in zip(before[what], after[what], strict=True)]
+        loss = mean(f"oracle, {what}: points lost by reconstruction", lost, "points", bar="within 1 point")
+        figures += [
+            share(f"oracle, {what}, on drawn scenes", before[what], 98.0),
+            replace(loss, met=abs(loss.value) <= 1.0),
+        ]
+    return figures
+
+
+def one_object(bench: Bench, n: int) -> list[Figure]:
+    """Is the one thing asked for the most certain of all classes?"""
+    scenes = asked(n, 1, False, lambda s: True, 0)
+    pictures = bench.draw(full_captions(scenes))
+    bench.sheet("one_object", pictures)
+    verdict, truth = bench.judge(pictures), train_oracle.Truth.of(scenes)
+    classes = truth.present.int().argmax(dim=1)
+    right = (verdict.present.argmax(dim=1) == classes) & (verdict.present[range(n), classes] > 0)
+    colours = verdict.colours[range(n), classes].argmax(dim=1) == truth.colours[range(n), classes]
+    _write_details(
+        bench.output / "one_object.csv", full_captions(scenes), {"class": right, "colour": colours}
+    )
+    return [
+        share("one object, class right", right.tolist(), 97.0),
+        share("one object, class and colour right", (right & colours).tolist()),
+    ]
+
+
+def two_objects(bench: Bench, n: int) -> list[Figure]:
+    """Are both there, in any relation?"""
+    scenes = asked(n, 2, False, lambda s: True, 50_000)
+    pictures = bench.draw(full_captions(scenes), 1000)
+    bench.sheet("two_objects", pictures)
+    both = _both(bench.judge(pictures), train_oracle.Truth.of(scenes))
+    _write_details(bench.output / "two_objects.csv", full_captions(scenes), {"both": both})
+    names = [scene.relation or "and" for scene in scenes]
+    apart = [
+        share(f"two objects, {name!r}", [bool(b) for b, own in zip(both, names, strict=True) if own == name])
+        for name in sorted(set(names))
+    ]
+    return [share("two objects, both classes present", both.tolist(), 80.0), *apart]
+
+
+def binding(bench: Bench, n: int) -> list[Figure]:
+    """Two things of different colours, side by side: each its own colour? the sides as asked?"""
+
+    def fits(scene: world.Scene) -> bool:
+        one, other = scene.things
+        return scene.relation in ("to the left of", "to the right of") and one.colour != other.colour
+
+    scenes = asked(n, 2, True, fits, 100_000)
+    pictures = bench.draw(full_captions(scenes), 2000)
+    bench.sheet("binding", pictures)
+    verdict, truth = bench.judge(pictures), train_oracle.Truth.of(scenes)
+    both = _both(verdict, truth)
+    own = ((verdict.colours.argmax(dim=2) == truth.colours) | ~truth.present).all(dim=1)
+    index = [[train_oracle.CLASSES.index(look.cls) for look in scene.things] for scene in scenes]
+    first = torch.tensor([verdict.places[k, a] < verdict.places[k, b] for k, (a, b) in enumerate(index)])
+    left = torch.tensor([scene.relation == "to the left of" for scene in scenes])
+    sides = first == left
+    details = {"both": both, "colours": own, "sides": sides}
+    _write_details(bench.output / "binding.csv", full_captions(scenes), details)
+    return [
+        share("colour binding, both there and each in its own colour", (both & own).tolist(), 70.0),
+        share("left/right, both there and the sides as asked", (both & sides).tolist(), 75.0),
+        share("side by side, both classes present", both.tolist()),
+        share("colour binding where both are there", own[both].tolist()),
+        share("left/right where both are there", sides[both].tolist()),
+    ]
+
+
+def _both(verdict: train_oracle.Verdict, truth: train_oracle.Truth) -> Tensor:
+    """(n,) bool: every class asked for is there."""
+    return ((verdict.present > 0) | ~truth.present).all(dim=1)
+
+
+def scorer(bench: Bench) -> list[Figure]:
+    """Retrieval by caption, and telling individuals apart."""
+    from open_clip import create_model_and_transforms
+    from transformers import CLIPTokenizer
+
+    folder = bench.run.assets / "scorer"
+    module, *_ = create_model_and_transforms(f"local-dir:{folder}", require_pretrained=True)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    found = train_clip.Unseen.drawn(bench.run.runs / "scenes").measured(module.eval(), tokenizer)
+    return [
+        share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, full captions", found.full, 95.0),
+        share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, any caption", found.usual),
+        mean("scorer, AUC of unseen individuals, over classes", found.areas, "", 0.95),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Kin:
+    """Embeddings of a concept's references (5, d) and of seven other individuals of its class (7, 5, d)."""
+
+    own: Tensor
+    others: Tensor
+
+    def nearest(self, seen: Tensor) -> Tensor:
+        """(n,) bool: mean cosine with its own references above that with every other's."""
+        return (seen @ self.own.T).mean(dim=1) > (seen @ self.others.mean(dim=1).T).max(dim=1).values
+
+
+def _kin(bench: Bench, subject: Subject, concept: concepts.Concept) -> _Kin:
+    rounds = len(world.CLASSES)
+    looks = train_clip.particular_looks(64 * rounds, OTHERS + subject.number)
+    others = [look for look in looks if look.cls == subject.noun and look.mark is not None][:7]
+    scenes = [
+        world.Scene(place, (look,), None, OTHERS + 10 * k + j)
+        for k, look in enumerate(others)
+        for j, place in enumerate(PLACES)
+    ]
+    seen = bench.scorer.embed_images([world.draw(scene) for scene in scenes])
+    return _Kin(bench.scorer.reference(concept.pictures()), seen.unflatten(0, (7, len(PLACES))))
+
+
+def _alone(subject: Subject, words: str | None, n: int) -> list[str]:
+    phrase = subject.phrases(words)[0]
+    return [f"{phrase} {world.BACKGROUNDS[UNSEEN_PLACES[k % 5]].phrase}" for k in range(n)]
+
+
+def _beside(subject: Subject, n: int) -> tuple[list[str], list[str]]:
+    """Prompts with a generic second thing, and the class of that thing."""
+    things = ("red barn", "grey cat", "blue car", "yellow flower", "brown dog", "green umbrella")
+    things = tuple(t for t in things if not t.endswith(subject.noun))
+    words = ("next to a {}", "and a {}", "to the left of a {}", "to the right of a {}")
+    chosen = [things[k % len(things)] for k in range(n)]
+    phrase = subject.phrases()[0]
+    prompts = [
+        f"{phrase} {words[k % 4].format(thing)} {world.BACKGROUNDS[UNSEEN_PLACES[k % 5]].phrase}"
+        for k, thing in enumerate(chosen)
+    ]
+    return prompts, [thing.split(" ", 1)[1] for thing in chosen]
+
+
+def individuals(bench: Bench, n: int) -> list[Figure]:
+    """Identity, composability and leak of each concept's LoRA alone."""
+    figures: dict[str, list[Figure]] = {"identity": [], "nearest": [], "composable": [], "leak": []}
+    clear: list[bool] = []
+    pooled: dict[str, list[bool]] = {"nearest": [], "composable": []}
+    library = concepts.Library.read(bench.run.assets / "concepts")
+    for subject in SUBJECTS.values():
+        concept = library.find(subject.name)
+        kin, loaded = _kin(bench, subject, concept), concept.load()
+        plain = _alone(subject, subject.noun, n)
+        prompts, beside = _beside(subject, n)
+        base = bench.draw(plain, 5000)
+        with bench.backbone.prepared(loaded.tokens, loaded.lora):
+            alone = bench.draw(_alone(subject, None, n), 5000)
+            together, leaked = bench.draw(prompts, 6000), bench.draw(plain, 7000)
+        bench.sheet(f"concept_{subject.name}", [*alone[:10], *base[:10], *together[:10], *leaked[:10]])
+        seen, from_base, left = (bench.scorer.embed_images(p) for p in (alone, base, leaked))
+        gain = ((seen - from_base) @ kin.own.T).mean(dim=1).tolist()
+        identity = mean(
+            f"{subject.name}: image alignment above the base model's, paired", gain, "", bar="above 0"
+        )
+        clear.append((identity.low or 0.0) > 0)
+        figures["identity"].append(replace(identity, met=clear[-1]))
+        near = kin.nearest(seen).tolist()
+        verdict = bench.judge(together).present
+        wanted = [(train_oracle.CLASSES.index(c), train_oracle.CLASSES.index(subject.noun)) for c in beside]
+        both = torch.tensor([bool((verdict[k, list(pair)] > 0).all()) for k, pair in enumerate(wanted)])
+        own = kin.nearest(bench.scorer.embed_images(together))
+        pooled["nearest"] += near
+        pooled["composable"] += (both & own).tolist()
+        figures["nearest"].append(share(f"{subject.name}: nearest its own references", near))
+        figures["composable"] += [
+            share(
+                f"{subject.name}: beside another thing, both there and still itself", (both & own).tolist()
+            ),
+            share(f"{subject.name}: beside another thing, both there", both.tolist()),
+        ]
+        # Nearer the base model's pictures of the same prompts (other seeds) than the concept's references?
+        margin = (left @ from_base.T).mean(dim=1) - (left @ kin.own.T).mean(dim=1)
+        leak = mean(
+            f"{subject.name}: class word alone, nearer the base than the concept",
+            margin.tolist(),
+            "",
+            bar="above 0",
+        )
+        figures["leak"].append(replace(leak, met=leak.value > 0))
+    eight = len(SUBJECTS)
+    return [
+        Figure(
+            "identity: above the base, interval clear of zero",
+            "8 of 8",
+            eight,
+            sum(clear),
+            None,
+            None,
+            all(clear),
+            "",
+        ),
+        share("identity: nearest its own references of eight individuals", pooled["nearest"], 80.0),
+        share("composable: both there and still itself", pooled["composable"], 65.0),
+        _count("leak: class word alone stays with the base", [bool(f.met) for f in figures["leak"]]),
+        *(figure for group in figures.values() for figure in group),
+    ]
+
+
+def _count(name: str, met: Sequence[bool]) -> Figure:
+    """How many of the concepts reach a bar that all must reach."""
+    return Figure(name, f"all {len(met)}", len(met), sum(met), None, None, all(met), "concepts")
+
+
+def speed(bench: Bench, repeats: int) -> list[Figure]:
+    """Seconds to load the weights, to draw one picture, and to draw four in one batch, in float32 as the app does."""
+
+    def timed(work: Callable[[], object]) -> list[float]:
+        work()
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def drawing(count: int) -> Callable[[], object]:
+        prompts = ["a dog next to a red barn on the beach"] * count
+        return lambda: bench.backbone.pipeline(prompts, num_inference_steps=20, guidance_scale=4.0)
+
+    def loading() -> object:
+        return StableDiffusionPipeline.from_pretrained(bench.run.storybook, use_safetensors=True)
+
+    figures = []
+    for name, work, most in (
+        ("weights loaded", loading, 1.0),
+        ("one picture, 20 steps with guidance", drawing(1), 1.5),
+        ("four pictures in one batch", drawing(4), 4.0),
+    ):
+        figure = mean(name, timed(work), "s", bar=f"< {most:g} s on two cores")
+        figures.append(replace(figure, met=figure.value < most))
+    return figures
+
+
+# ---------------------------------------------------------------- the report
+
+
+def _write_details(path: Path, captions: Sequence[str], marks: dict[str, Tensor]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("caption", *marks))
+        writer.writerows((text, *(int(m[k]) for m in marks.values())) for k, text in enumerate(captions))
+
+
+HEADER: tuple[str, ...] = ("figure", "must reach", "n", "value", "95 % interval", "reached")
+
+
+def write(figures: Sequence[Figure], output: Path) -> None:
+    """`report.md` and `report.csv`."""
+    rows: list[tuple[str, ...]] = [figure.row() for figure in figures]
+    lines = [f"| {' | '.join(row)} |" for row in (HEADER, tuple("---" for _ in HEADER), *rows)]
+    text = "# Storybook, measured\n\n" + (__doc__ or "").split("\n\n", 1)[1] + "\n" + "\n".join(lines) + "\n"
+    (output / "report.md").write_text(text, encoding="utf-8")
+    with (output / "report.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([HEADER, *rows])
+
+
+def main() -> None:
+    """Read the command line, measure and write."""
+    from iteris_sd.storybook.machine import here
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for report.md, CSVs and sheets")
+    parser.add_argument("--runs", type=Path, default=Path("runs/storybook"), help="where the oracle is")
+    parser.add_argument("--count", type=int, default=400, help="pictures per figure; concepts: a tenth each")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    run = Run(options.runs, bases.ASSETS, 0, here(options.precision))
+    model = backbone.load("storybook")
+    bench = Bench(
+        model,
+        train_oracle.load(run.runs).to(run.machine.device),
+        scoring.load("storybook"),
+        run,
+        options.output,
+    )
+    figures = speed(bench, 5)
+    suit(model.unet, run.machine)
+    n = options.count
+    for work in (
+        lambda: reconstruction(bench, 500),
+        lambda: one_object(bench, n),
+        lambda: two_objects(bench, n),
+        lambda: binding(bench, n),
+        lambda: scorer(bench),
+        lambda: individuals(bench, max(10, n // 10)),
+    ):
+        figures += work()
+        write(figures, options.output)
+        print(*(" | ".join(f.row()) for f in figures[-3:]), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

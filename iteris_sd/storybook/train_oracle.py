@@ -1,0 +1,185 @@
+"""Stage `oracle`: a judge of pictures, learnt from drawn scenes alone: which classes, which colour each, and where.
+
+A small convolutional net gives features F (width, 8, 8) and one map M_c of scores per class c.  Class c is there if
+the log-sum-exp of M_c says so; softmax(M_c) says where to look: the mean of F under it names the colour, and the
+mean position under it is the place.  The report judges generated pictures by it; it is no part of what ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iteris_sd.storybook import data, world
+from iteris_sd.storybook.loop import Plan, fit
+from iteris_sd.storybook.pictures import disturbed, to_tensor
+from iteris_sd.storybook.run import Run
+
+CLASSES = tuple(world.CLASSES)
+ABSENT = -1  # the colour of a class that is not in the picture
+EVALUATED = data.HELD_OUT + 5000
+JUDGED = 1000  # held-out scenes its accuracy is measured on
+FILE = Path("oracle") / "oracle.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Of n pictures: `colours` (n, classes) index into `world.COLOURS` or `ABSENT`; `places` (n, classes), 0 to 1."""
+
+    colours: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(scenes: Sequence[world.Scene]) -> Truth:
+        """What is to be seen in drawn scenes; the place of a thing is its middle, from left to right."""
+        colours = torch.full((len(scenes), len(CLASSES)), ABSENT)
+        places = torch.zeros(len(scenes), len(CLASSES))
+        for k, scene in enumerate(scenes):
+            for thing in world.placed(scene):
+                at = CLASSES.index(thing.look.cls)
+                colours[k, at] = world.COLOURS.index(thing.look.colour)
+                places[k, at] = thing.middle / world.CANVAS
+        return Truth(colours, places)
+
+    @property
+    def present(self) -> Tensor:
+        """(n, classes) bool."""
+        return self.colours != ABSENT
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """Of n pictures and all classes: `present` (n, classes) logits, `colours` (n, classes, colours) logits,
+    `places` (n, classes) from 0, left, to 1."""
+
+    present: Tensor
+    colours: Tensor
+    places: Tensor
+
+
+class Oracle(nn.Module):
+    """Pictures (n, 3, 128, 128) in [-1, 1] to a `Verdict`."""
+
+    def __init__(self, width: int = 192) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 128, width)
+        self.body = nn.Sequential(*(_block(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.maps = nn.Conv2d(width, len(CLASSES), 1)
+        self.bias = nn.Parameter(torch.full((len(CLASSES),), -4.0))
+        self.colours = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, len(world.COLOURS)))
+
+    def forward(self, pixels: Tensor) -> Verdict:
+        """Judge pictures."""
+        features = self.body(pixels)
+        maps = self.maps(features).float().flatten(2)
+        look = maps.softmax(dim=2)
+        seen = look @ features.float().flatten(2).transpose(1, 2)
+        across = torch.linspace(0.5 / 8, 7.5 / 8, 8, device=maps.device).repeat(8)
+        return Verdict(maps.logsumexp(dim=2) + self.bias, self.colours(seen), look @ across)
+
+
+def _block(inward: int, outward: int) -> nn.Sequential:
+    """Halve the picture, then look once more."""
+    return nn.Sequential(
+        nn.Conv2d(inward, outward, 3, stride=2, padding=1),
+        nn.GroupNorm(8, outward),
+        nn.SiLU(),
+        nn.Conv2d(outward, outward, 3, padding=1),
+        nn.GroupNorm(8, outward),
+        nn.SiLU(),
+    )
+
+
+def judging_loss(
+    scenes: data.Scenes, truth: Truth, batch: int, device: torch.device
+) -> Callable[[Oracle, torch.Generator], Tensor]:
+    """The loss of `fit`: presence of every class, and colour and place of those that are there."""
+
+    def loss(module: Oracle, rng: torch.Generator) -> Tensor:
+        rows, drawn = scenes.pick(batch, rng)
+        pixels = disturbed(to_tensor(drawn), rng).to(device, memory_format=torch.channels_last)
+        verdict = module(pixels)
+        present = truth.present[rows].to(device)
+        colours, places = truth.colours[rows].to(device), truth.places[rows].to(device)
+        there = F.binary_cross_entropy_with_logits(verdict.present, present.float())
+        tint = F.cross_entropy(verdict.colours[present].float(), colours[present])
+        where = (verdict.places - places)[present].abs().mean()
+        return 4.0 * there + 0.5 * tint + where
+
+    return loss
+
+
+@torch.no_grad()
+def judged(module: Oracle, pixels: Tensor) -> Verdict:
+    """The verdict on (n, 3, 128, 128) in [-1, 1], on the CPU."""
+    device = module.bias.device
+    parts = [module(p.to(device, memory_format=torch.channels_last)) for p in pixels.split(64)]
+    return Verdict(
+        torch.cat([p.present for p in parts]).cpu(),
+        torch.cat([p.colours for p in parts]).cpu(),
+        torch.cat([p.places for p in parts]).cpu(),
+    )
+
+
+def marks(verdict: Verdict, truth: Truth) -> dict[str, list[bool]]:
+    """Right or wrong, answer by answer: exactly these classes (by picture); the colour (by thing); and of each two
+    things that stand clearly apart, which is further left."""
+    present = truth.present
+    sets = ((verdict.present > 0) == present).all(dim=1)
+    colours = (verdict.colours.argmax(dim=2) == truth.colours)[present]
+    sides: list[bool] = []
+    for row, there in enumerate(present):
+        found = there.nonzero().flatten().tolist()
+        for k, one in enumerate(found):
+            for other in found[k + 1 :]:
+                gap = float(truth.places[row, one] - truth.places[row, other])
+                if abs(gap) > 0.2:
+                    sides.append((gap > 0) == bool(verdict.places[row, one] > verdict.places[row, other]))
+    return {"classes": sets.tolist(), "colour": colours.tolist(), "side": sides}
+
+
+def load(runs: Path) -> Oracle:
+    """The trained oracle. Raises FileNotFoundError, and says what to do, if there is none."""
+    path = runs / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no oracle at {path}; run `python -m iteris_sd.storybook.train --stage oracle` first."
+        )
+    module = Oracle()
+    module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def train(run: Run) -> None:
+    """Train and write the oracle under `runs`."""
+    drawn = data.drawn(run.runs / "scenes", run.scenes)
+    truth = Truth.of([world.sample(seed) for seed in range(run.scenes)])
+    unseen = data.drawn(run.runs / "scenes", JUDGED, EVALUATED)
+    their = Truth.of([world.sample(seed) for seed in range(EVALUATED, EVALUATED + JUDGED)])
+    plan = Plan(
+        "oracle",
+        run.steps or 3000,
+        batch=64,
+        peak=2e-3,
+        average=0.995,
+        seed=4,
+        sample_every=500,
+        save_every=run.save_every,
+    )
+
+    def measure(module: Oracle, step: int) -> None:
+        found = marks(judged(module, to_tensor(unseen.pixels)), their)
+        shares = ", ".join(f"{what} {np.mean(right):.4f} (n = {len(right)})" for what, right in found.items())
+        print(f"oracle step {step}: {shares}", flush=True)
+
+    torch.manual_seed(plan.seed)
+    module = Oracle().to(run.machine.device).to(memory_format=torch.channels_last)
+    loss = judging_loss(drawn, truth, plan.batch, run.machine.device)
+    average = fit(plan, module, loss, run.runs / "oracle", run.machine, measure)
+    torch.save(average.state_dict(), run.runs / FILE)

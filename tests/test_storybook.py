@@ -2,11 +2,11 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from iteris_sd.bases import ASSETS
@@ -15,6 +15,7 @@ from iteris_sd.storybook.loop import Plan, fit
 from iteris_sd.storybook.machine import Machine
 from iteris_sd.storybook.run import Run
 from iteris_sd.storybook.train import stage
+from tests import sheet
 
 SEEDS = range(200)
 PLAIN = Machine(torch.device("cpu"))
@@ -232,7 +233,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(model, made.__name__, made)
     for name, value in {"LOOKS": 64, "STRANGERS": 32, "PAIRS": 4, "QUERIES": 64}.items():
         monkeypatch.setattr(train_clip, name, value)
-    vision = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "image_size": 64}
+    vision = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "image_size": 96}
     monkeypatch.setattr(train_clip, "VISION", vision)
     monkeypatch.setattr(train_oracle, "JUDGED", 8)
     monkeypatch.setattr(train_unet, "SHEET", train_unet.SHEET[:1])
@@ -304,16 +305,11 @@ shipped = pytest.mark.skipif(
 
 
 @shipped
-def test_the_shipped_model_loads_through_plain_diffusers_and_draws(tmp_path: Path):
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "storybook", use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(
-        "a dog next to a barn", num_inference_steps=4, generator=torch.Generator().manual_seed(0)
-    ).images[0]
-    assert picture.size == (128, 128)
-    assert np.asarray(picture).std() > 20
+def test_the_shipped_model_loads_through_plain_diffusers_and_draws_its_stored_sheet():
+    drawn, stored = sheet.draw(), Image.open(sheet.STORED).convert("RGB")
+    apart = np.abs(np.asarray(drawn).astype(float) - np.asarray(stored))
+    assert apart.mean() < 4.0
+    assert np.asarray(drawn).std() > 30
 
 
 @shipped
@@ -326,4 +322,4 @@ def test_the_shipped_autoencoder_reconstructs_scenes_it_never_saw():
     vae = AutoencoderKL.from_pretrained(ASSETS / "storybook" / "vae", torch_dtype=torch.float32)
     seeds = range(data.HELD_OUT + 1000, data.HELD_OUT + 1016)
     pixels = to_tensor(np.stack([np.asarray(world.draw(world.sample(s))) for s in seeds]))
-    assert reconstruct(vae, pixels)[1] > 24.0
+    assert reconstruct(vae, pixels)[1] > 27.0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn import functional as F
 
 from iteris_sd.storybook import data, model
 from iteris_sd.storybook.loop import Plan, fit
@@ -22,10 +23,21 @@ def recoloured(pixels: Tensor, rng: torch.Generator) -> Tensor:
     return pixels
 
 
+def detail(pixels: Tensor) -> Tensor:
+    """How rich in detail each neighbourhood of a picture is, (n, 1, h, w), 0.4 to 4 and about 1 on average."""
+    steps = F.pad(pixels.diff(dim=3).abs().mean(dim=1, keepdim=True), (1, 0, 0, 0))
+    steps = steps + F.pad(pixels.diff(dim=2).abs().mean(dim=1, keepdim=True), (0, 0, 1, 0))
+    rich = F.avg_pool2d(steps, 7, stride=1, padding=3)
+    return (0.4 + 0.6 * rich / rich.mean(dim=(1, 2, 3), keepdim=True)).clamp(max=4.0)
+
+
 def autoencoder_loss(
     scenes: data.Scenes, batch: int, device: torch.device
 ) -> Callable[[AutoencoderKL, torch.Generator], Tensor]:
-    """Errors of pixels (squared, absolute) and of their differences, and a light pull of the latents to N(0, 1)."""
+    """Errors of pixels (squared, absolute) and of their differences, and a light pull of the latents to N(0, 1).
+
+    Errors count more where the picture is rich in detail: faces are small, and a plain mean forgets them.
+    """
 
     def loss(module: AutoencoderKL, rng: torch.Generator) -> Tensor:
         _, drawn = scenes.pick(batch, rng)
@@ -33,9 +45,13 @@ def autoencoder_loss(
         posterior = module.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
         error = module.decode(posterior.mean + posterior.std * noise).sample.float() - pixels
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        weight = detail(pixels)
+        edges = sum(
+            (weight.narrow(d, 1, pixels.shape[d] - 1) * error.diff(dim=d)).abs().mean() for d in (2, 3)
+        )
         pull = posterior.kl().mean() / posterior.mean[0].numel()
-        return error.square().mean() + 0.05 * error.abs().mean() + 0.05 * edges + 1e-5 * pull
+        plain = (weight * error.square()).mean() + 0.2 * (weight * error).abs().mean()
+        return plain + 0.2 * edges + 1e-5 * pull
 
     return loss
 

@@ -69,7 +69,8 @@ class LayerReport:
 
     ``participants``: concepts whose LoRA touches it. ``weights``: the λ of each participant. ``dropped``:
     participants left out, with the reason. ``residual``: Σλ‖XΔWₙᵀ − X̃ΔWᵀ‖² / Σλ‖XΔWₙᵀ‖². ``discrepancy``:
-    ‖X̃ − X‖ / ‖X‖. The last two are None where nothing was measured.
+    ‖X̃ − X‖ / ‖X‖. The last two are None where nothing was measured. ``truncation``: ‖ΔW − ΔW_k‖ / ‖ΔW‖ where the
+    method's own ΔW was cut to a rank k; None where it was not.
     """
 
     name: str
@@ -78,6 +79,7 @@ class LayerReport:
     dropped: Mapping[int, str] = field(default_factory=dict)
     residual: float | None = None
     discrepancy: float | None = None
+    truncation: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +216,7 @@ class _Solver:
         except UserError as error:
             raise UserError(f"Layer {name} cannot be merged: {error}") from error
         dropped = {who[i]: reason for i, reason in solution.dropped.items()}
-        report = LayerReport(name, who, solution.weights, dropped)
+        report = LayerReport(name, who, solution.weights, dropped, truncation=solution.truncation)
         if moments is not None:
             report = replace(
                 report,

@@ -312,9 +312,11 @@ def _print_json(value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can say it: an open bound is null."""
+    """The value as JSON can say it: an open bound is null, a set is a sorted list."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
     return None if isinstance(value, float) and math.isinf(value) else value

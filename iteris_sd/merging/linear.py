@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 from iteris_sd.lora import LowRank
 from iteris_sd.merging.moments import Moments
-from iteris_sd.merging.solving import Solution
+from iteris_sd.merging.solving import Solution, weighted_sum
 
 
 def solve(adapters: Sequence[LowRank], moments: Sequence[Moments] | None = None) -> Solution:
     """Average the adapters of one layer; exact, rank Σ r_n. ``moments`` is not looked at."""
-    share = 1 / len(adapters)
-    merged = LowRank.concatenate([adapter.scaled(share) for adapter in adapters])
-    return Solution(merged, weights=(share,) * len(adapters))
+    return weighted_sum(adapters, [1 / len(adapters)] * len(adapters))

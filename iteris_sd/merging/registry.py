@@ -5,7 +5,7 @@ The command line and the page are drawn from these values, so a parameter is des
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
 
@@ -82,6 +82,13 @@ class Method:
 
     ``none`` nothing (data-free); ``own`` the moments of X, each LoRA's inputs on its own samples;
     ``merged`` also those of X̃, the merged model's inputs on the same samples.
+
+    ``invariances`` are the changes of what is given that leave ΔW as it is, whatever the parameters (numbers per
+    concept go with their concept):
+
+    ``order`` the concepts come in another order; ``batches`` the samples come in several batches; ``duplicate``
+    every concept is given twice; ``scaling`` ups grow by c > 0 and downs shrink by it; ``basis`` the inputs of the
+    layer are rotated, X → XQ and ΔW_n → ΔW_n Q, and ΔW rotates with them.
     """
 
     name: str
@@ -90,6 +97,7 @@ class Method:
     paper: str
     needs: Literal["none", "own", "merged"]
     module: str
+    invariances: frozenset[str]
     parameters: tuple[Parameter, ...] = ()
 
     @property
@@ -116,6 +124,59 @@ class Method:
         return {p.name: parameters[p.name] for p in self.parameters if p.scope == scope}
 
 
+INVARIANCES = frozenset({"order", "batches", "duplicate", "scaling", "basis"})
+# Entry by entry: no rotation; and the rank they are cut to grows with the number of concepts.
+_ENTRYWISE = INVARIANCES - {"duplicate", "basis"}
+
+# Dials that several methods have.
+_SCALE = Parameter(
+    name="scale",
+    type="float",
+    default=1.0,
+    low=0.0,
+    high=limits.MAX_WEIGHT,
+    help="λ, multiplies the result.",
+)
+_DENSITY = Parameter(
+    name="density",
+    type="float",
+    default=0.2,
+    low=0.0,
+    high=1.0,
+    help="Share of each LoRA's entries that is kept, the largest ones.",
+)
+_MAJORITY_SIGN = Parameter(
+    name="majority_sign",
+    type="choice",
+    default="total",
+    choices=("total", "count"),
+    help="Which sign an entry gets: total, that of the sum; count, that of most LoRAs.",
+)
+_DROP_RATE = Parameter(
+    name="p",
+    type="float",
+    default=0.2,
+    low=0.0,
+    high=0.99,
+    help="Share of each LoRA's entries that is dropped at random; the others grow by 1/(1 − p).",
+)
+_SEED = Parameter(
+    name="seed",
+    type="int",
+    default=0,
+    low=0,
+    high=limits.MAX_SEED,
+    help="Which entries are dropped.",
+)
+_RANK = Parameter(
+    name="rank",
+    type="int",
+    default=None,
+    low=1,
+    high=limits.MAX_RANK,
+    help="Rank that the result is cut to by SVD. Empty: the sum of the LoRAs' ranks.",
+)
+
 _METHODS = (
     Method(
         name="linear",
@@ -124,6 +185,169 @@ _METHODS = (
         paper="Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482",
         needs="none",
         module="iteris_sd.merging.linear",
+        invariances=INVARIANCES,
+    ),
+    Method(
+        name="task_arithmetic",
+        title="Task arithmetic",
+        description="The scaled sum of the LoRAs' weight changes; needs no samples.",
+        paper="Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089",
+        needs="none",
+        module="iteris_sd.merging.task_arithmetic",
+        invariances=INVARIANCES - {"duplicate"},
+        parameters=(
+            _SCALE,
+            Parameter(
+                name="coefficients",
+                type="floats",
+                default=None,
+                low=-limits.MAX_WEIGHT,
+                high=limits.MAX_WEIGHT,
+                scope="concept",
+                help="One number per concept, multiplies its weight change; below 0 it is taken away.",
+            ),
+        ),
+    ),
+    Method(
+        name="normalised",
+        title="Normalised linear",
+        description="The average of the LoRAs' weight changes with weights that sum to 1; needs no samples.",
+        paper="Wu et al., Mixture of LoRA experts, ICLR 2024, arXiv 2404.13628",
+        needs="none",
+        module="iteris_sd.merging.normalised",
+        invariances=INVARIANCES,
+        parameters=(
+            Parameter(
+                name="coefficients",
+                type="floats",
+                default=None,
+                low=0.0,
+                high=limits.MAX_COEFFICIENT,
+                scope="concept",
+                help="One number per concept; divided by their sum they are the weights. Empty: all alike.",
+            ),
+        ),
+    ),
+    Method(
+        name="ties",
+        title="TIES",
+        description="Keeps each LoRA's largest entries, elects a sign for each entry, and averages what agrees.",
+        paper="Yadav et al., TIES-Merging: resolving interference when merging models, NeurIPS 2023, "
+        "arXiv 2306.01708",
+        needs="none",
+        module="iteris_sd.merging.ties",
+        invariances=_ENTRYWISE,
+        parameters=(_DENSITY, _MAJORITY_SIGN, _SCALE, _RANK),
+    ),
+    Method(
+        name="dare_linear",
+        title="DARE",
+        description="Drops entries of each LoRA at random, rescales the others, and averages.",
+        paper="Yu et al., Language models are Super Mario, ICML 2024, arXiv 2311.03099",
+        needs="none",
+        module="iteris_sd.merging.dare_linear",
+        invariances=_ENTRYWISE,
+        parameters=(_DROP_RATE, _SCALE, _SEED, _RANK),
+    ),
+    Method(
+        name="dare_ties",
+        title="DARE-TIES",
+        description="Drops entries of each LoRA at random, rescales the others, and merges them by TIES.",
+        paper="Yu et al., Language models are Super Mario, ICML 2024, arXiv 2311.03099",
+        needs="none",
+        module="iteris_sd.merging.dare_ties",
+        invariances=_ENTRYWISE,
+        parameters=(
+            _DROP_RATE,
+            replace(_DENSITY, default=1.0, help="Share of the entries kept after the drop; 1: all of them."),
+            _MAJORITY_SIGN,
+            _SCALE,
+            _SEED,
+            _RANK,
+        ),
+    ),
+    Method(
+        name="magnitude",
+        title="Magnitude pruning",
+        description="Keeps each LoRA's largest entries, and averages.",
+        paper="Han et al., Learning both weights and connections, NeurIPS 2015, arXiv 1506.02626",
+        needs="none",
+        module="iteris_sd.merging.magnitude",
+        invariances=_ENTRYWISE,
+        parameters=(_DENSITY, _SCALE, _RANK),
+    ),
+    Method(
+        name="svd",
+        title="SVD",
+        description="The average of the LoRAs' weight changes, cut to a small rank.",
+        paper="Eckart and Young, The approximation of one matrix by another of lower rank, 1936",
+        needs="none",
+        module="iteris_sd.merging.svd",
+        invariances=INVARIANCES - {"duplicate"},
+        parameters=(
+            Parameter(
+                name="of",
+                type="choice",
+                default="average",
+                choices=("average", "sum"),
+                help="What is cut: the average of the weight changes, or their sum.",
+            ),
+            replace(_RANK, help="Rank of the result. Empty: the largest rank among the LoRAs."),
+        ),
+    ),
+    Method(
+        name="knots",
+        title="KnOTS",
+        description="Aligns the LoRAs in a shared basis by SVD, and merges their coordinates by TIES.",
+        paper="Stoica et al., Model merging with SVD to tie the KnOTS, ICLR 2025, arXiv 2410.19735",
+        needs="none",
+        module="iteris_sd.merging.knots",
+        invariances=INVARIANCES - {"basis"},
+        parameters=(
+            _DENSITY,
+            _MAJORITY_SIGN,
+            _SCALE,
+            Parameter(
+                name="sigma",
+                type="choice",
+                default="shared",
+                choices=("shared", "merged"),
+                help="shared: TIES sees V, as in the paper; merged: it sees ΣV, as in the authors' code.",
+            ),
+        ),
+    ),
+    Method(
+        name="tsv",
+        title="TSV-Merge",
+        description="Keeps each LoRA's strongest singular vectors, and makes those of different LoRAs orthogonal.",
+        paper="Gargiulo et al., Task singular vectors: reducing task interference in model merging, CVPR 2025, "
+        "arXiv 2412.00081",
+        needs="none",
+        module="iteris_sd.merging.tsv",
+        invariances=INVARIANCES - {"duplicate"},
+        parameters=(
+            Parameter(
+                name="share",
+                type="float",
+                default=None,
+                low=0.0,
+                high=1.0,
+                help="Share of each LoRA's singular values that is kept. Empty: 1/N of them, N being the number of "
+                "LoRAs.",
+            ),
+            _SCALE,
+        ),
+    ),
+    Method(
+        name="iso_c",
+        title="Iso-C",
+        description="The sum of the LoRAs' weight changes, all its singular values made equal.",
+        paper="Marczak et al., No task left behind: isotropic model merging with common and task-specific "
+        "subspaces, ICML 2025, arXiv 2502.04959",
+        needs="none",
+        module="iteris_sd.merging.iso_c",
+        invariances=INVARIANCES - {"duplicate"},
+        parameters=(_SCALE,),
     ),
     Method(
         name="regmean",
@@ -132,6 +356,7 @@ _METHODS = (
         paper="Jin et al., Dataless knowledge fusion by merging weights, ICLR 2023, arXiv 2212.09849",
         needs="own",
         module="iteris_sd.merging.regmean",
+        invariances=INVARIANCES - {"basis"},
         parameters=(
             Parameter(
                 name="factor",
@@ -151,6 +376,7 @@ _METHODS = (
         "arXiv 2411.15231",
         needs="merged",
         module="iteris_sd.merging.iteris",
+        invariances=INVARIANCES,
         parameters=(
             Parameter(
                 name="alpha",

@@ -1,4 +1,4 @@
-"""What a method returns for one layer, and the least-squares solve that the data-driven methods share.
+"""What a method returns for one layer, the weighted sum, and the least-squares solve that methods share.
 
 | symbol   | shape       | meaning                                                               |
 |----------|-------------|-----------------------------------------------------------------------|
@@ -18,17 +18,40 @@ import torch
 from torch import Tensor
 
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LowRank, inner
+from iteris_sd.lora import LowRank, inner, working_dtype
 from iteris_sd.merging.moments import Moments
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """One layer's merged adapter, the weight of each term, and why terms were dropped (index -> reason)."""
+    """One layer's merged adapter, the weight of each term, and why terms were dropped (index -> reason).
+
+    ``truncation``: ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F where the method's own ΔW was cut to the k directions of ``adapter``;
+    None for methods that cut nothing.
+    """
 
     adapter: LowRank
     weights: tuple[float, ...]
     dropped: Mapping[int, str] = field(default_factory=dict)
+    truncation: float | None = None
+
+
+def weighted_sum(adapters: Sequence[LowRank], weights: Sequence[float]) -> Solution:
+    """Σ w_n ΔW_n, exact, rank Σ r_n; a concept of weight 0 is reported as dropped.
+
+    Raises UserError when an adapter is not finite.
+    """
+    check_finite(adapters)
+    dtype = working_dtype(adapters)
+    scaled = [a.to(dtype=dtype).scaled(w) for a, w in zip(adapters, weights, strict=True)]
+    dropped = {n: "its coefficient is 0" for n, weight in enumerate(weights) if not weight}
+    return Solution(LowRank.concatenate(scaled), tuple(weights), dropped)
+
+
+def check_finite(adapters: Sequence[LowRank]) -> None:
+    """Raise UserError when a factor holds infinities or NaN."""
+    if not all(bool(factor.isfinite().all()) for a in adapters for factor in (a.down, a.up)):
+        raise UserError("one of the LoRAs is not finite there; check the LoRA files.")
 
 
 def solve_terms(A: Tensor, terms: Sequence[tuple[LowRank, Tensor]]) -> LowRank:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from iteris_sd import composer, export, formats
 from iteris_sd.cli import app
 from iteris_sd.lora import LoRA, LowRank
+from iteris_sd.merging import METHODS
 
 QUICK = ("--steps", "3", "--samples", "6")
 PROMPT = ("--prompt", "a {0} next to a {1}")
@@ -53,7 +54,8 @@ def test_concepts() -> None:
 
 def test_methods() -> None:
     listed = {method["name"]: method for method in json.loads(done("methods", "--json"))}
-    assert list(listed) == ["linear", "regmean", "iteris"]
+    assert list(listed) == list(METHODS)
+    assert listed["knots"]["invariances"] == ["batches", "duplicate", "order", "scaling"]
     alpha = listed["iteris"]["parameters"][0]
     assert (alpha["name"], alpha["default"], alpha["high"]) == ("alpha", 1e-4, 1.0)
     printed = done("methods")

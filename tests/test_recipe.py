@@ -8,6 +8,7 @@ import pytest
 
 from iteris_sd import limits
 from iteris_sd.errors import UserError
+from iteris_sd.merging import METHODS
 from iteris_sd.recipe import Recipe, fill
 
 PAIR = {"concepts": [{"name": "dog"}, {"name": "barn"}], "prompt": "a {0} next to a {1}"}
@@ -61,7 +62,7 @@ def test_places_are_filled_in_any_order() -> None:
         ({"methods": []}, "Choose between 1 and 8 methods, not 0."),
         (
             {"methods": [{"name": "ties?"}]},
-            "There is no method 'ties?'; choose from base, linear, regmean, iteris.",
+            f"There is no method 'ties?'; choose from base, {', '.join(METHODS)}.",
         ),
         ({"methods": [{"name": "base", "parameters": {"a": 1}}]}, "The base model has no parameters."),
         (

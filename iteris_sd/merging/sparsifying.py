@@ -16,10 +16,13 @@ from torch import Tensor
 
 from iteris_sd.lora import LowRank
 
+EQUAL = 1e-9  # relative difference below which two entries are the same but for float64 rounding
+
 
 def trim(D: Tensor, density: float) -> Tensor:
-    """D with only its largest entries, round(density · entries) of them and one at least; equal ones stay together.
+    """D with only its largest entries, round(density · entries) of them and one at least.
 
+    Entries that are as large as the last of them, up to rounding, stay too, so that no order decides between equals.
     (Magnitude pruning, arXiv 1506.02626; the first step of TIES, arXiv 2306.01708.)
     """
     if not D.numel():
@@ -27,7 +30,7 @@ def trim(D: Tensor, density: float) -> Tensor:
     kept = max(1, round(density * D.numel()))
     size = D.abs()
     threshold = size.flatten().kthvalue(D.numel() - kept + 1).values
-    return torch.where(size >= threshold, D, 0.0)
+    return torch.where(size >= threshold * (1 - EQUAL), D, 0.0)
 
 
 def drop_and_rescale(D: Tensor, p: float, seed: int) -> Tensor:

@@ -4,7 +4,7 @@
 |--------|-----------|--------------------------------------------------------------------------------|
 | D_n    | (out, in) | ΔW_n with only its largest entries, a share ``density`` of them                |
 | γ      | (out, in) | elected sign: sgn Σ D_n ("total"), or sgn Σ sgn D_n ("count")                  |
-| A      | set       | at each entry, the concepts n with sgn D_n = γ ≠ 0                             |
+| A      | set       | at each entry, the concepts n with sgn D_n = γ                                 |
 | ΔW     | (out, in) | λ times the mean of D_n over n ∈ A, entry by entry; 0 where A is empty         |
 
 The paper elects by total; a count that ends in a draw is decided by it. The result is dense, and cut to a rank.
@@ -43,7 +43,7 @@ def solve(
 
 def merge(D: Tensor, majority_sign: Literal["total", "count"]) -> Tensor:
     """The mean over the concepts that agree with the elected sign, (N, …) -> (…)."""
-    agrees = (D.sign() == elect(D, majority_sign)) & (D != 0)
+    agrees = D.sign() == elect(D, majority_sign)
     return torch.where(agrees, D, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
 
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 from iteris_sd.bases import ASSETS
-from iteris_sd.storybook import data, loop, model, train_unet, train_vae, world
+from iteris_sd.storybook import data, loop, model, report, train_concepts, train_unet, train_vae, world
 from iteris_sd.storybook.loop import Plan, fit
 from iteris_sd.storybook.machine import Machine
 from iteris_sd.storybook.run import Run
-from iteris_sd.storybook.train import stage
+from iteris_sd.storybook.train import STAGES, stage
 from tests import sheet
 
 SEEDS = range(200)
@@ -278,6 +278,43 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(name, tiny, tmp_path, monke
     assert (tmp_path / "halves" / name / f"{name}.png").exists()
     log = (tmp_path / "halves" / name / f"{name}.csv").read_text().splitlines()
     assert [int(line.split(",")[0]) for line in log[1:]] == [0, 1, 2, 3]
+
+
+def test_the_report_measures_every_figure_with_its_n_and_interval(tiny, tmp_path, monkeypatch):
+    run = Run(tmp_path / "runs", tmp_path / "assets", 24, PLAIN, steps=1)
+    few = dict(list(train_concepts.SUBJECTS.items())[:2])
+    for room in (train_concepts, report):
+        monkeypatch.setattr(room, "SUBJECTS", few)
+    monkeypatch.setattr(train_concepts, "SETTINGS", replace(train_concepts.SETTINGS, inversion_steps=1))
+    for name in STAGES:
+        stage(name)(run)
+    figures = report.measure(run, tmp_path / "out", count=10)
+    names = "\n".join(figure.name for figure in figures)
+    for wanted in (
+        "PSNR",
+        "one object",
+        "two objects",
+        "binding",
+        "left/right",
+        "retrieval",
+        "AUC",
+        "loaded",
+    ):
+        assert wanted in names
+    for wanted in ("identity", "nearest", "composable", "leak"):
+        assert wanted in names
+    assert all(figure.n > 0 for figure in figures)
+    assert all(figure.low <= figure.value <= figure.high for figure in figures if figure.low is not None)
+    written = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert all(figure.name in written for figure in figures)
+    assert (tmp_path / "out" / "two_objects.csv").read_text().count("\n") == 11
+    assert (tmp_path / "out" / "binding.png").exists()
+
+
+def test_a_share_has_wilsons_interval():
+    figure = report.share("heads", [True] * 80 + [False] * 20, 75)
+    assert (figure.value, figure.met) == (80, True)
+    assert (figure.low, figure.high) == pytest.approx((71.11, 86.66), abs=0.01)
 
 
 def test_a_warm_start_goes_on_from_the_shipped_weights(tiny, tmp_path):

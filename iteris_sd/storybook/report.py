@@ -20,13 +20,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from iteris_sd import backbone, bases, concepts, scoring
 from iteris_sd.storybook import data, train_clip, train_oracle, world
-from iteris_sd.storybook.machine import suit
+from iteris_sd.storybook.machine import here, suit
 from iteris_sd.storybook.pictures import contact_sheet, to_image, to_tensor
 from iteris_sd.storybook.run import Run
-from iteris_sd.storybook.train_concepts import PLACES, SUBJECTS, UNSEEN_PLACES, Subject
+from iteris_sd.storybook.train_concepts import PLACES, SUBJECTS, UNSEEN_PLACES, Subject, load
 from iteris_sd.storybook.train_vae import reconstruct
 
 ASKED = data.HELD_OUT + 200_000  # scenes whose captions are asked for
@@ -157,7 +158,7 @@ def reconstruction(bench: Bench, n: int) -> list[Figure]:
     blocks = [reconstruct(bench.backbone.vae, part) for part in pixels.split(50)]
     back = torch.cat([b for b, _ in blocks])
     ratios = (-10 * ((back - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()).tolist()
-    bench.sheet("reconstruction", [to_image(p) for k in range(30) for p in (pixels[k], back[k])])
+    bench.sheet("reconstruction", [to_image(p) for k in range(min(30, n)) for p in (pixels[k], back[k])])
     before = train_oracle.marks(train_oracle.judged(bench.oracle, pixels), truth)
     after = train_oracle.marks(train_oracle.judged(bench.oracle, back), truth)
     figures = [mean("reconstruction, PSNR", ratios, "dB", 28.0, "≥ 28 dB (trained on CPU; else 30)")]
@@ -239,13 +240,9 @@ def _both(verdict: train_oracle.Verdict, truth: train_oracle.Truth) -> Tensor:
 
 def scorer(bench: Bench) -> list[Figure]:
     """Retrieval by caption, and telling individuals apart."""
-    from open_clip import create_model_and_transforms
-    from transformers import CLIPTokenizer
-
-    folder = bench.run.assets / "scorer"
-    module, *_ = create_model_and_transforms(f"local-dir:{folder}", require_pretrained=True)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    found = train_clip.Unseen.drawn(bench.run.runs / "scenes").measured(module.eval(), tokenizer)
+    tokenizer = CLIPTokenizer.from_pretrained(bench.run.assets / "scorer")
+    unseen = train_clip.Unseen.drawn(bench.run.runs / "scenes")
+    found = unseen.measured(bench.scorer.model, tokenizer)
     return [
         share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, full captions", found.full, 95.0),
         share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, any caption", found.usual),
@@ -420,40 +417,56 @@ def write(figures: Sequence[Figure], output: Path) -> None:
         csv.writer(file).writerows([HEADER, *rows])
 
 
+def opened(run: Run, output: Path) -> Bench:
+    """Everything the measurements need, from the folders of a run."""
+    import open_clip
+
+    base = bases.find("storybook")
+    pipeline = load(run.assets).to(run.machine.device)
+    place = f"local-dir:{run.assets / 'scorer'}"
+    clip, _, preprocess = open_clip.create_model_and_transforms(place, require_pretrained=True)
+    judge = scoring.Scorer(
+        scoring.SCORERS[base.scorer].title,
+        clip.eval().requires_grad_(False).to(run.machine.device),
+        preprocess,
+        open_clip.get_tokenizer(place),
+        run.machine.device,
+    )
+    oracle = train_oracle.load(run.runs).to(run.machine.device)
+    return Bench(backbone.Backbone(base, pipeline), oracle, judge, run, output)
+
+
+def measure(run: Run, output: Path, count: int) -> list[Figure]:
+    """All figures, written to `output` as they come; `count` pictures per figure, a tenth of it per concept."""
+    output.mkdir(parents=True, exist_ok=True)
+    bench = opened(run, output)
+    figures = speed(bench, 5)
+    suit(bench.backbone.unet, run.machine)
+    for work in (
+        lambda: reconstruction(bench, min(500, train_oracle.JUDGED)),
+        lambda: one_object(bench, count),
+        lambda: two_objects(bench, count),
+        lambda: binding(bench, count),
+        lambda: scorer(bench),
+        lambda: individuals(bench, max(10, count // 10)),
+    ):
+        figures += work()
+        write(figures, output)
+        print(*(" | ".join(f.row()) for f in figures[-3:]), sep="\n", flush=True)
+    return figures
+
+
 def main() -> None:
     """Read the command line, measure and write."""
-    from iteris_sd.storybook.machine import here
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for report.md, CSVs and sheets")
     parser.add_argument("--runs", type=Path, default=Path("runs/storybook"), help="where the oracle is")
+    parser.add_argument("--assets", type=Path, default=bases.ASSETS, help="the weights to measure")
     parser.add_argument("--count", type=int, default=400, help="pictures per figure; concepts: a tenth each")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    run = Run(options.runs, bases.ASSETS, 0, here(options.precision))
-    model = backbone.load("storybook")
-    bench = Bench(
-        model,
-        train_oracle.load(run.runs).to(run.machine.device),
-        scoring.load("storybook"),
-        run,
-        options.output,
-    )
-    figures = speed(bench, 5)
-    suit(model.unet, run.machine)
-    n = options.count
-    for work in (
-        lambda: reconstruction(bench, 500),
-        lambda: one_object(bench, n),
-        lambda: two_objects(bench, n),
-        lambda: binding(bench, n),
-        lambda: scorer(bench),
-        lambda: individuals(bench, max(10, n // 10)),
-    ):
-        figures += work()
-        write(figures, options.output)
-        print(*(" | ".join(f.row()) for f in figures[-3:]), sep="\n", flush=True)
+    run = Run(options.runs, options.assets, 0, here(options.precision))
+    measure(run, options.output, options.count)
 
 
 if __name__ == "__main__":

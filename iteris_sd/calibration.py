@@ -1,62 +1,37 @@
-"""Capture of layer inputs and the drive of every merging method, on any ``nn.Module``.
+"""The drive of every merging method, on any ``nn.Module``: capture layer inputs, solve, install.
 
-Concepts run in lockstep. One forward of the model sees all concepts' samples twice, along dim 0:
-
-    [own_1 … own_N, merged_1 … merged_N]
-
-At every layer that a LoRA touches, the rows own_n also get LoRA n and the rows merged_n the merged adapter.
-So X_n and X̃_n reach a layer in the same call, paired row by row, and nothing is stored for later.
-
-| symbol | shape   | meaning                                                                    |
-|--------|---------|----------------------------------------------------------------------------|
-| X_n    | (m, in) | inputs reaching a layer in base + LoRA n, on concept n's samples           |
-| X̃_n    | (m, in) | inputs reaching it in the merged model, on the same samples                |
-| ΔW_n   |         | LoRA n at the layer; a concept whose LoRA skips a layer takes no part there |
-
-*Sweep* (the default of methods that need X̃): a layer's X̃ depends only on layers upstream. So when the
-inputs of a layer arrive, it is solved, and the merged rows leave it through the solution: the fixed point of
-Algorithm 1 (arXiv 2411.15231) in one forward. *Iterations*: Algorithm 1 as printed; a first solve with X̃ =
-X, then k times a forward with the last result and a solve of all layers.
-
-Layers fed by the same tensor (q, k and v; all cross-attention K/V of a U-Net) share one set of moments.
+*Sweep* (the default of methods that need X̃): a layer's X̃ depends only on layers upstream. So each micro-batch runs
+until its inputs reach a layer that is not solved yet, and pauses there; when those of all have arrived, the layer is
+solved, and their merged rows leave it through the solution: the fixed point of Algorithm 1 (arXiv 2411.15231) in one
+forward of every sample. What lives meanwhile is one layer's moments and each micro-batch's activations at the place
+where it waits. Pausing needs no knowledge of a model's blocks, and computes nothing twice; storing the inputs of
+blocks instead would need both. *Iterations*: Algorithm 1 as printed; a first solve with X̃ = X, then k times a
+forward with the last result and a solve of all layers, micro-batch after micro-batch.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
+from iteris_sd.capture import Capture, MicroBatch, Part, Samples, Site
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank, check_fit, working_dtype
 from iteris_sd.merging import registry
 from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, adaptive_weight, residual
+from iteris_sd.pausing import Pausable
+
+__all__ = ["LayerReport", "Merged", "Part", "Progress", "Samples", "finish", "measure", "merge"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The samples of N concepts, and how to run the model on them.
-
-    ``rows[n]``: how many there are of concept n. ``feed(groups)`` runs the model on the samples of those
-    concepts, concatenated along dim 0 in that order; a concept may occur twice, and must then get the same
-    samples twice (same noise, same timesteps). What a sample is, only ``feed`` knows. A sweep needs the
-    whole of it in one forward; otherwise ``feed`` may run the model several times, each with all rows.
-    """
-
-    rows: tuple[int, ...]
-    feed: Callable[[Sequence[int]], None]
-
-
-@dataclass(frozen=True)
 class Progress:
-    """``step`` of ``steps`` passes through the model are done; ``stage`` says in words what comes next."""
+    """``step`` of ``steps`` are done, layers in a sweep, else passes; ``stage`` says in words what comes next."""
 
     stage: str
     step: int
@@ -106,6 +81,8 @@ def merge(
     every layer that a LoRA touches must be there. ``samples`` may be None for data-free methods. A layer
     with one participant keeps its LoRA. Factors come back in the LoRAs' dtype, float32 at least.
 
+    Between two yields runs no more than one micro-batch's way from one layer to the next.
+
     Raises UserError when a LoRA fits no layer, a parameter is wrong, the samples miss a layer, or a system is
     singular or not finite (naming the layer). The model is left as it was, also then.
     """
@@ -134,8 +111,11 @@ def measure(
     Weights are those of eq. 8, so that methods can be compared. Raises UserError as ``merge`` does.
     """
     problem = _Problem(modules, loras, samples)
-    gathered = _gather(problem, merged)
-    return tuple(_measured(problem, name, moments, merged[name]) for name, moments in gathered.items())
+    sites = finish(_gathered(problem, merged, Progress("measuring", 0, 1)))
+    return tuple(
+        _measured(problem, name, site.of(problem.participants[name]), merged[name])
+        for name, site in sites.items()
+    )
 
 
 def finish(work: Generator[Any, None, T]) -> T:
@@ -182,6 +162,18 @@ class _Problem:
         """The layers with more than one participant."""
         return frozenset(name for name, who in self.participants.items() if len(who) > 1)
 
+    def given_samples(self) -> Samples:
+        """The samples; ValueError when there are none."""
+        if self.samples is None or not all(self.samples.rows):
+            raise ValueError("this method needs samples of every concept")
+        return self.samples
+
+    def capture(
+        self, merged: Mapping[str, LowRank] | None, arrive: Callable[[str, MicroBatch], None] | None = None
+    ) -> Capture:
+        """A capture of the inputs of all contested layers."""
+        return Capture(self.modules, self.loras, self.contested, merged, arrive)
+
     def adapters(self, name: str) -> list[LowRank]:
         """The participants' adapters at a layer."""
         return [self.loras[n][name] for n in self.participants[name]]
@@ -227,24 +219,43 @@ class _Solver:
         return _Outcome(merged, report)
 
 
-Arrive = Callable[[str, tuple[Moments, ...]], None]
-
-
 def _sweep(problem: _Problem, solve: _Solver) -> Generator[Progress, None, dict[str, _Outcome]]:
-    """Solve every layer as its inputs arrive: the fixed point of Algorithm 1 in one forward."""
+    """Solve every layer as its inputs arrive: the fixed point of Algorithm 1 in one forward of every sample."""
     outcomes: dict[str, _Outcome] = {}
     merged = {name: outcome.adapter for name, outcome in problem.uncontested().items()}
+    samples = problem.given_samples()
+    batches = samples.batches()
+    visited: set[tuple[str, MicroBatch]] = set()
 
-    def arrive(name: str, moments: tuple[Moments, ...]) -> None:
-        if name in outcomes:
+    def arrive(name: str, batch: MicroBatch) -> None:
+        if (name, batch) in visited:
             raise UserError(
                 f"The samples reach {name} twice in one sweep; choose a number of iterations instead."
             )
-        outcomes[name] = solve(name, moments)
-        merged[name] = outcomes[name].adapter
+        visited.add((name, batch))
+        site = capture.sites[name]
+        if name not in outcomes and len(site.seen) == len(batches):
+            outcomes[name] = solve(name, site.of(problem.participants[name]))
+            merged[name] = outcomes[name].adapter
+        while name not in outcomes:
+            work[batch].pause()
 
-    yield Progress("sweeping through the layers", 0, 1)
-    _forward(problem, merged, arrive)
+    capture = problem.capture(merged, arrive)
+    work = {batch: Pausable(partial(capture.run, samples, batch)) for batch in batches}
+    total = len(problem.contested)
+    try:
+        with capture.hooked():
+            yield Progress("sweeping through the layers", 0, total)
+            while not all(one.done for one in work.values()):
+                before = len(outcomes), sum(one.done for one in work.values()), len(visited)
+                for one in work.values():
+                    one.resume()
+                    yield Progress("sweeping through the layers", len(outcomes), total)
+                if (len(outcomes), sum(one.done for one in work.values()), len(visited)) == before:
+                    raise UserError("The samples of some concepts do not reach the layers that others reach.")
+    finally:
+        for one in work.values():
+            one.close()
     _require_all(problem, outcomes)
     return outcomes
 
@@ -256,80 +267,26 @@ def _iterate(
     merged = {name: outcome.adapter for name, outcome in problem.uncontested().items()}
     outcomes: dict[str, _Outcome] = {}
     for k in range(iterations + 1):
-        yield Progress(f"refinement {k} of {iterations}" if k else "first solve", k, iterations + 1)
-        gathered = _gather(problem, merged if k else None)
-        outcomes = {name: solve(name, moments) for name, moments in gathered.items()}
+        progress = Progress(f"refinement {k} of {iterations}" if k else "first solve", k, iterations + 1)
+        sites = yield from _gathered(problem, merged if k else None, progress)
+        outcomes = {name: solve(name, sites[name].of(problem.participants[name])) for name in sites}
         merged |= {name: outcome.adapter for name, outcome in outcomes.items()}
     return outcomes
 
 
-def _gather(problem: _Problem, merged: Mapping[str, LowRank] | None) -> dict[str, tuple[Moments, ...]]:
-    """Moments of every contested layer, one per participant; X̃ = X where ``merged`` is None."""
-    gathered: dict[str, tuple[Moments, ...]] = {}
-
-    def arrive(name: str, moments: tuple[Moments, ...]) -> None:
-        before = gathered.get(name)
-        gathered[name] = tuple(a + b for a, b in zip(before, moments, strict=True)) if before else moments
-
-    _forward(problem, merged, arrive)
-    _require_all(problem, gathered)
-    return gathered
-
-
-def _forward(problem: _Problem, merged: Mapping[str, LowRank] | None, arrive: Arrive) -> None:
-    """Run the samples in lockstep; the merged rows are left out where ``merged`` is None.
-
-    ``arrive`` gets the moments of each contested layer before the layer's output is made, and may thus still
-    change ``merged[name]``.
-    """
-    if problem.samples is None:
-        raise ValueError("this method needs samples")
-    concepts = list(range(len(problem.loras)))
-    groups = concepts if merged is None else concepts * 2
-    adapters: list[Mapping[str, LowRank]] = [*problem.loras]
-    adapters += [] if merged is None else [merged] * len(concepts)
-    cuts = [0, *accumulate(problem.samples.rows[n] for n in groups)]
-    rows = [slice(*cut) for cut in pairwise(cuts)]
-    sites = _Sites(rows, len(concepts))
-
-    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        if len(x) != cuts[-1]:
-            raise UserError(
-                f"{name} was given {len(x)} rows where the samples have {cuts[-1]}; it cannot be merged."
-            )
-        if name in problem.contested:
-            arrive(name, tuple(sites.moments(x, n) for n in problem.participants[name]))
-        for part, lora in zip(rows, adapters, strict=True):
-            if name in lora:
-                output[part] += lora[name].to(x.device, x.dtype).apply(x[part])
-        return output
-
-    handles = [
-        problem.modules[name].register_forward_hook(partial(hook, name)) for name in problem.participants
-    ]
-    try:
-        with torch.no_grad():
-            problem.samples.feed(groups)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Sites:
-    """Moments by input tensor, so that layers fed by the same tensor share them while that tensor lives."""
-
-    def __init__(self, rows: Sequence[slice], concepts: int) -> None:
-        self._own, self._merged = rows[:concepts], rows[concepts:]
-        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    def moments(self, x: Tensor, n: int) -> Moments:
-        """Moments of concept n in the input ``x`` (rows, …, in)."""
-        version = 0 if x.is_inference() else x._version  # a tensor changed in place is another input
-        known = self._known.setdefault(x, {})
-        if (version, n) not in known:
-            known[version, n] = Moments.of(x[self._own[n]], x[self._merged[n]] if self._merged else None)
-        return known[version, n]
+def _gathered(
+    problem: _Problem, merged: Mapping[str, LowRank] | None, progress: Progress
+) -> Generator[Progress, None, dict[str, Site]]:
+    """The site of every contested layer, all samples in it; X̃ = X where ``merged`` is None."""
+    capture, samples = problem.capture(merged), problem.given_samples()
+    yield progress
+    with capture.hooked():
+        for batch in samples.batches()[:-1]:
+            capture.run(samples, batch)
+            yield progress
+        capture.run(samples, samples.batches()[-1])
+    _require_all(problem, capture.sites)
+    return capture.sites
 
 
 def _require_all(problem: _Problem, reached: Mapping[str, Any]) -> None:

@@ -102,11 +102,21 @@ def _stopped(
 
 
 def for_merging(backbone: Backbone, inputs: Sequence[Inputs]) -> calibration.Samples:
-    """The samples as the calibration engine feeds them: text encoder, then U-Net, all rows in one forward."""
+    """The samples as the calibration engine feeds them: text encoder, then U-Net, in micro-batches."""
 
-    def feed(groups: Sequence[int]) -> None:
-        chosen = [inputs[n] for n in groups]
-        states = backbone.states(torch.cat([c.ids for c in chosen]))
-        backbone.unet(torch.cat([c.latents for c in chosen]), torch.cat([c.times for c in chosen]), states)
+    def feed(parts: Sequence[calibration.Part]) -> None:
+        chosen = [(inputs[n], part) for n, part in parts]
+        states = backbone.states(torch.cat([one.ids[part] for one, part in chosen]))
+        latents = torch.cat([one.latents[part] for one, part in chosen])
+        backbone.unet(latents, torch.cat([one.times[part] for one, part in chosen]), states)
 
-    return calibration.Samples(tuple(len(i) for i in inputs), feed)
+    _, height, width = backbone.latent_shape
+    return calibration.Samples(tuple(len(i) for i in inputs), feed, micro_batch(height * width))
+
+
+def micro_batch(places: int) -> int:
+    """How many samples of `places` latent pixels go through the U-Net at once: 64 at 16 x 16, 4 at 64 x 64.
+
+    Fixed by shapes alone, since it decides the order of summation.
+    """
+    return min(64, max(1, 16_384 // places))

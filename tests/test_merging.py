@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iteris_sd import calibration
-from iteris_sd.calibration import LayerReport, Merged, Samples, finish, measure, merge
+from iteris_sd.calibration import LayerReport, Merged, Part, Samples, finish, measure, merge
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS, find, iteris, linear, regmean
@@ -295,9 +296,9 @@ def test_without_a_sweep_the_model_may_run_several_times(toy: Toy) -> None:
     ]
     parts = [toy.samples(halves), toy.samples(others)]
 
-    def feed(groups: Sequence[int]) -> None:
+    def feed(chosen: Sequence[Part]) -> None:
         for part in parts:
-            part.feed(groups)
+            part.feed(chosen)
 
     twice = Samples(parts[0].rows, feed)
     for method, parameters in (("regmean", {}), ("iteris", {"iterations": 2})):
@@ -310,10 +311,50 @@ def test_without_a_sweep_the_model_may_run_several_times(toy: Toy) -> None:
 def test_progress_comes_between_passes_and_stopping_leaves_the_model_clean(toy: Toy) -> None:
     loras, batches = problem(toy, (2, 3))
     work = merge(toy.modules, loras, toy.samples(batches), "iteris", {"iterations": 3})
-    first = [next(work), next(work)]
-    assert [(p.step, p.steps) for p in first] == [(0, 4), (1, 4)]
+    first = [next(work) for _ in range(4)]
+    assert [(p.step, p.steps) for p in first] == [(0, 4), (0, 4), (1, 4), (1, 4)]
     work.close()
     assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+def test_a_sweep_can_be_stopped_anywhere_and_leaves_neither_hooks_nor_threads(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    for steps in (1, 2, 5, 9):
+        work = merge(toy.modules, loras, toy.samples(batches, micro_batch=1), "iteris")
+        for _ in range(steps):
+            next(work)
+        work.close()
+        assert not any(module._forward_hooks for module in toy.modules.values())
+        assert not [thread for thread in threading.enumerate() if thread.name == "pausable"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 100])
+@pytest.mark.parametrize("parameters", [{}, {"iterations": 2}])
+def test_micro_batches_change_nothing(toy: Toy, micro_batch: int, parameters: dict[str, int]) -> None:
+    loras, batches = problem(toy, (2, 3, 1))
+    cut = toy.samples(batches, micro_batch)
+    found = finish(merge(toy.modules, loras, cut, "iteris", parameters))
+    assert worst(found.lora, run(toy, loras, batches, **parameters).lora) < EXACT
+    own = finish(merge(toy.modules, loras, cut, "regmean"))
+    assert worst(own.lora, run(toy, loras, batches, "regmean").lora) < EXACT
+    for one, other in zip(
+        measure(toy.modules, loras, found.lora, cut),
+        measure(toy.modules, loras, found.lora, toy.samples(batches)),
+        strict=True,
+    ):
+        assert one.residual == pytest.approx(other.residual)
+
+
+def test_a_sweep_sees_no_more_than_a_micro_batch_at_once(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    samples, rows = toy.samples(batches, micro_batch=2), []
+
+    def feed(parts: Sequence[Part]) -> None:
+        rows.append(sum(part.stop - part.start for _, part in parts))
+        samples.feed(parts)
+
+    finish(merge(toy.modules, loras, replace(samples, feed=feed), "iteris"))
+    assert max(rows) == 4 and sum(rows) == 2 * sum(samples.rows)  # X and X̃ side by side, every sample once
 
 
 # What can go wrong
@@ -359,11 +400,11 @@ def test_samples_must_reach_every_contested_layer_with_all_rows(toy: Toy) -> Non
     samples = toy.samples(batches)
     for parameters in ({}, {"iterations": 1}):
         with pytest.raises(UserError, match=f"do not reach {len(toy.paths)} of the layers"):
-            finish(
-                merge(toy.modules, loras, replace(samples, feed=lambda groups: None), "iteris", parameters)
-            )
+            finish(merge(toy.modules, loras, replace(samples, feed=lambda parts: None), "iteris", parameters))
     with pytest.raises(UserError, match="rows where the samples have"):
-        finish(merge(toy.modules, loras, replace(samples, feed=lambda groups: samples.feed([0])), "iteris"))
+        finish(
+            merge(toy.modules, loras, replace(samples, feed=lambda parts: samples.feed(parts[:1])), "iteris")
+        )
 
 
 @pytest.mark.parametrize(

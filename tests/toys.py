@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from iteris_sd.calibration import Samples
+from iteris_sd.calibration import Part, Samples
 from iteris_sd.lora import LoRA, LowRank
 
 Batch = tuple[Tensor, ...]
@@ -45,14 +45,12 @@ class Toy:
     def run(self, model: nn.Module, batch: Batch) -> None:
         model(*batch)
 
-    def samples(self, batches: Sequence[Batch]) -> Samples:
-        def feed(groups: Sequence[int]) -> None:
-            self.run(
-                self.model,
-                tuple(torch.cat(parts) for parts in zip(*(batches[g] for g in groups), strict=True)),
-            )
+    def samples(self, batches: Sequence[Batch], micro_batch: int | None = None) -> Samples:
+        def feed(parts: Sequence[Part]) -> None:
+            chosen = [tuple(tensor[part] for tensor in batches[n]) for n, part in parts]
+            self.run(self.model, tuple(torch.cat(tensors) for tensors in zip(*chosen, strict=True)))
 
-        return Samples(tuple(len(batch[0]) for batch in batches), feed)
+        return Samples(tuple(len(batch[0]) for batch in batches), feed, micro_batch)
 
     def lora(self, rank: int, seed: int, paths: Sequence[str] | None = None) -> LoRA:
         rng = torch.Generator().manual_seed(seed)

@@ -42,7 +42,8 @@ def add(visits: Visits, base: Base) -> None:
         Args:
             concepts: names of concepts, 1 to 6, such as ["dog", "barn"].
             prompt: what to draw; {0}, {1} … stand for the concepts in order.
-            methods: columns of the grid: base, linear, regmean, iteris; a list, or words with commas.
+            methods: columns of the grid: base, or names that `python -m iteris_sd methods` lists; a list, or words with
+                commas.
             seeds: rows of the grid: a list of whole numbers, one number, or numbers with commas.
             steps: denoising steps.
             guidance: how strongly the prompt is followed; 1 means plainly.

@@ -1,0 +1,180 @@
+"""Layer inputs of the single models and of the merged one, captured side by side on any ``nn.Module``.
+
+The samples go through the model in micro-batches, each of one concept. One forward carries the samples of a
+micro-batch twice, along dim 0: the first half also gets that concept's LoRA at every layer it touches, the other half
+the merged adapter. So X and X̃ reach a layer in the same call, paired row by row; only their moments are kept.
+
+| symbol | shape   | meaning                                                                |
+|--------|---------|------------------------------------------------------------------------|
+| X_n    | (m, in) | inputs reaching a layer in base + LoRA n, on concept n's samples       |
+| X̃_n    | (m, in) | inputs reaching it in the merged model, on the same samples            |
+
+A *site* is where layers are fed by the same tensor (q, k and v; all cross-attention K/V of a U-Net): they share one
+set of moments.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import local
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from iteris_sd.errors import UserError
+from iteris_sd.lora import LowRank
+from iteris_sd.merging.moments import Moments
+
+Part = tuple[int, slice]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of N concepts, and how to run the model on them.
+
+    ``rows[n]``: how many there are of concept n. ``feed(parts)`` runs the model on parts of them, concatenated along
+    dim 0 in that order; a part is a concept and a slice of its samples. The same part may occur twice, and must then
+    get the same samples twice (same noise, same timesteps). What a sample is, only ``feed`` knows. A sweep needs a
+    part's whole way in one forward; otherwise ``feed`` may run the model several times, each with all rows.
+    ``micro_batch``: at most so many samples go through the model at once, twice; None for a concept's all.
+    """
+
+    rows: tuple[int, ...]
+    feed: Callable[[Sequence[Part]], None]
+    micro_batch: int | None = None
+
+    def batches(self) -> "list[MicroBatch]":
+        """All samples, cut up; the cuts depend on nothing but ``rows`` and ``micro_batch``."""
+        found = []
+        for n, count in enumerate(self.rows):
+            step = self.micro_batch or count
+            found += [MicroBatch(n, slice(k, min(k + step, count))) for k in range(0, count, step)]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Samples of one concept that go through the model together."""
+
+    concept: int
+    part: slice
+    _sites: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    @property
+    def size(self) -> int:
+        """How many samples."""
+        return int(self.part.stop - self.part.start)
+
+    def site(self, x: Tensor) -> "Site | None":
+        """The site that the living tensor ``x`` has been seen at."""
+        found: Site | None = self._sites.get(x, {}).get(_version(x))
+        return found
+
+    def saw(self, x: Tensor, site: "Site") -> None:
+        """Remember that ``x`` belongs to ``site`` for as long as it lives."""
+        self._sites.setdefault(x, {})[_version(x)] = site
+
+
+def _version(x: Tensor) -> int:
+    """A tensor changed in place is another input."""
+    return 0 if x.is_inference() else x._version
+
+
+@dataclass(eq=False)
+class Site:
+    """Moments of the inputs that one or more layers share, by concept; ``first`` is the layer met first."""
+
+    first: str
+    moments: dict[int, Moments] = field(default_factory=dict)
+    seen: set[MicroBatch] = field(default_factory=set)
+
+    def add(self, batch: MicroBatch, moments: Moments) -> None:
+        """Add the moments of a micro-batch."""
+        before = self.moments.get(batch.concept)
+        self.moments[batch.concept] = moments if before is None else before + moments
+        self.seen.add(batch)
+
+    def of(self, concepts: Sequence[int]) -> tuple[Moments, ...]:
+        """The moments of some concepts."""
+        return tuple(self.moments[n] for n in concepts)
+
+
+Arrive = Callable[[str, MicroBatch], None]
+
+
+class Capture:
+    """The base layers with hooks, the single LoRAs, and what has been captured so far.
+
+    ``merged``: the merged adapters known so far; None while there are none and X̃ = X. ``arrive(name, batch)`` is
+    called for every layer of ``wanted`` when its inputs have been added to its site and before its output is made, and
+    may thus still change ``merged[name]``.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        loras: Sequence[Mapping[str, LowRank]],
+        wanted: frozenset[str],
+        merged: Mapping[str, LowRank] | None,
+        arrive: Arrive | None = None,
+    ) -> None:
+        self._modules, self._loras, self._wanted = modules, loras, wanted
+        self._merged, self._arrive = merged, arrive
+        self._here = local()  # each micro-batch may run in a thread of its own
+        self.sites: dict[str, Site] = {}
+
+    def run(self, samples: Samples, batch: MicroBatch) -> None:
+        """Run a micro-batch through the model."""
+        self._here.batch = batch
+        part = (batch.concept, batch.part)
+        with torch.no_grad():
+            samples.feed([part] if self._merged is None else [part, part])
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Within the block the model's layers are watched and adapted; afterwards the model is as before."""
+        touched = dict.fromkeys(name for lora in self._loras for name in lora)
+        handles = [self._modules[n].register_forward_hook(partial(self._hook, n)) for n in touched]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        batch: MicroBatch = self._here.batch
+        x, size = args[0], batch.size
+        rows = size if self._merged is None else 2 * size
+        if len(x) != rows:
+            raise UserError(
+                f"{name} was given {len(x)} rows where the samples have {rows}; it cannot be merged."
+            )
+        if name in self._wanted:
+            self._take(name, x, batch)
+            if self._arrive is not None:
+                self._arrive(name, batch)
+        _add(output[:size], x[:size], self._loras[batch.concept].get(name))
+        if self._merged is not None:
+            _add(output[size:], x[size:], self._merged.get(name))
+        return output
+
+    def _take(self, name: str, x: Tensor, batch: MicroBatch) -> None:
+        """Add the inputs of a layer to its site, unless another layer brought them already."""
+        known = batch.site(x)
+        site = self.sites.setdefault(name, known or Site(name))
+        if known is None and site.first == name:
+            X_merged = None if self._merged is None else x[batch.size :]
+            site.add(batch, Moments.of(x[: batch.size], X_merged))
+            batch.saw(x, site)
+        elif known is not site:
+            raise UserError(
+                f"The samples reach {name} by another way than those before; they cannot be merged together."
+            )
+
+
+def _add(output: Tensor, x: Tensor, adapter: LowRank | None) -> None:
+    """Add what an adapter makes of ``x`` to some rows of a layer's output."""
+    if adapter is not None:
+        output += adapter.to(x.device, x.dtype).apply(x)

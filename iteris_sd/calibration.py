@@ -18,10 +18,10 @@ from torch import nn
 
 from iteris_sd.capture import Capture, MicroBatch, Part, Samples, Site
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LoRA, LowRank, check_fit, working_dtype
+from iteris_sd.lora import LoRA, LowRank, check_fit, inner, working_dtype
 from iteris_sd.merging import registry
 from iteris_sd.merging.moments import Moments
-from iteris_sd.merging.solving import Solution, adaptive_weight, residual
+from iteris_sd.merging.solving import Solution, adaptive_weight, balance, residual
 from iteris_sd.pausing import Pausable
 
 __all__ = ["LayerReport", "Merged", "Part", "Progress", "Samples", "finish", "measure", "merge"]
@@ -44,8 +44,10 @@ class LayerReport:
 
     ``participants``: concepts whose LoRA touches it. ``weights``: the λ of each participant. ``dropped``:
     participants left out, with the reason. ``residual``: Σλ‖XΔWₙᵀ − X̃ΔWᵀ‖² / Σλ‖XΔWₙᵀ‖². ``discrepancy``:
-    ‖X̃ − X‖ / ‖X‖. The last two are None where nothing was measured. ``truncation``: ‖ΔW − ΔW_k‖ / ‖ΔW‖ where the
-    method's own ΔW was cut to a rank k; None where it was not.
+    ‖X̃ − X‖ / ‖X‖ (the paper's Fig. 3a). ``balance``: λₙ‖XₙΔWₙᵀ − X̃ₙΔWᵀ‖² of each participant (Fig. 3c).
+    ``condition``: an estimate of the condition number of the system solved. ``change``: ‖ΔW − ΔW before‖ / ‖ΔW‖ in
+    the last iteration. ``truncation``: ‖ΔW − ΔW_k‖ / ‖ΔW‖ where the method's own ΔW was cut to a rank k. What was not
+    measured is None, or empty.
     """
 
     name: str
@@ -54,6 +56,9 @@ class LayerReport:
     dropped: Mapping[int, str] = field(default_factory=dict)
     residual: float | None = None
     discrepancy: float | None = None
+    balance: tuple[float, ...] = ()
+    condition: float | None = None
+    change: float | None = None
     truncation: float | None = None
 
 
@@ -95,9 +100,11 @@ def merge(
         outcomes |= {name: solve(name, None) for name in problem.contested}
     elif problem.contested:
         iterations = 0 if chosen.needs == "own" else settings.get("iterations")
-        passes = 1 if iterations is None else iterations + 1
-        work = _sweep(problem, solve) if iterations is None else _iterate(problem, solve, iterations)
-        outcomes |= yield from work
+        if iterations is None:
+            found, passes = (yield from _sweep(problem, solve)), 1
+        else:
+            found, passes = yield from _iterate(problem, solve, iterations, settings.get("tolerance", 0.0))
+        outcomes |= found
     ordered = {name: outcomes[name] for name in problem.participants}
     lora = LoRA({name: outcome.adapter for name, outcome in ordered.items()})
     return Merged(lora, chosen.name, settings, tuple(o.report for o in ordered.values()), passes)
@@ -133,6 +140,13 @@ class _Outcome:
 
     adapter: LowRank
     report: LayerReport
+
+    def after(self, before: "_Outcome") -> "_Outcome":
+        """The same outcome, with how much it changed."""
+        apart = LowRank.concatenate([self.adapter, before.adapter.scaled(-1.0)])
+        size = inner(self.adapter, self.adapter).item()
+        change = (max(0.0, inner(apart, apart).item()) / size) ** 0.5 if size > 0 else 0.0
+        return replace(self, report=replace(self.report, change=change))
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,17 +217,26 @@ class _Solver:
     def __call__(self, name: str, moments: Sequence[Moments] | None) -> _Outcome:
         adapters, who = self._problem.adapters(name), self._problem.participants[name]
         concept = {key: v if v is None else tuple(v[n] for n in who) for key, v in self._concept.items()}
+        base = {"base": self._problem.modules[name].weight.detach()} if self._method.needs_base else {}
         try:
-            solution: Solution = self._method.solve(adapters, moments, **self._layer, **concept)
+            solution: Solution = self._method.solve(adapters, moments, **base, **self._layer, **concept)
         except UserError as error:
             raise UserError(f"Layer {name} cannot be merged: {error}") from error
         dropped = {who[i]: reason for i, reason in solution.dropped.items()}
-        report = LayerReport(name, who, solution.weights, dropped, truncation=solution.truncation)
+        report = LayerReport(
+            name,
+            who,
+            solution.weights,
+            dropped,
+            condition=solution.condition,
+            truncation=solution.truncation,
+        )
         if moments is not None:
             report = replace(
                 report,
                 residual=residual(adapters, moments, solution.weights, solution.adapter),
                 discrepancy=_discrepancy(moments),
+                balance=balance(adapters, moments, solution.weights, solution.adapter),
             )
         merged = solution.adapter.to(adapters[0].down.device, working_dtype(adapters))
         return _Outcome(merged, report)
@@ -261,17 +284,25 @@ def _sweep(problem: _Problem, solve: _Solver) -> Generator[Progress, None, dict[
 
 
 def _iterate(
-    problem: _Problem, solve: _Solver, iterations: int
-) -> Generator[Progress, None, dict[str, _Outcome]]:
-    """Algorithm 1 as printed: a first solve with X̃ = X, then ``iterations`` refinements."""
+    problem: _Problem, solve: _Solver, iterations: int, tolerance: float
+) -> Generator[Progress, None, tuple[dict[str, _Outcome], int]]:
+    """Algorithm 1 as printed: a first solve with X̃ = X, then at most ``iterations`` refinements; also the passes.
+
+    Ends early once no layer's ΔW changes by more than ``tolerance`` of itself.
+    """
     merged = {name: outcome.adapter for name, outcome in problem.uncontested().items()}
     outcomes: dict[str, _Outcome] = {}
     for k in range(iterations + 1):
         progress = Progress(f"refinement {k} of {iterations}" if k else "first solve", k, iterations + 1)
         sites = yield from _gathered(problem, merged if k else None, progress)
-        outcomes = {name: solve(name, sites[name].of(problem.participants[name])) for name in sites}
+        solved = {name: solve(name, sites[name].of(problem.participants[name])) for name in sites}
+        if k:
+            solved = {name: outcome.after(outcomes[name]) for name, outcome in solved.items()}
+        outcomes = solved
         merged |= {name: outcome.adapter for name, outcome in outcomes.items()}
-    return outcomes
+        if k and max(outcome.report.change or 0.0 for outcome in outcomes.values()) < tolerance:
+            break
+    return outcomes, k + 1
 
 
 def _gathered(
@@ -308,4 +339,5 @@ def _measured(problem: _Problem, name: str, moments: Sequence[Moments], merged: 
     adapters = problem.adapters(name)
     weights = tuple(adaptive_weight(a, m.own) for a, m in zip(adapters, moments, strict=True))
     value = residual(adapters, moments, weights, merged)
-    return LayerReport(name, problem.participants[name], weights, {}, value, _discrepancy(moments))
+    parts = balance(adapters, moments, weights, merged)
+    return LayerReport(name, problem.participants[name], weights, {}, value, _discrepancy(moments), parts)

@@ -70,6 +70,43 @@ def test_the_low_rank_solve_is_the_dense_closed_form(out, width, terms, log_alph
     assert not found.dropped
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.floats(-4, 0),
+    st.floats(-4, 0),
+    st.floats(0, 1),
+    st.sampled_from(["adapter", "full"]),
+    st.integers(0, 99),
+)
+def test_the_authors_options_are_their_dense_formulae(log_alpha, log_merged, rho, on, seed) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    adapters = [random_adapter(6, 5, rank, rng) for rank in (1, 3)]
+    X = [torch.randn(7, 5, generator=rng, dtype=torch.float64) for _ in adapters]
+    X_merged = [x + 0.3 * torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in X]
+    W0 = torch.randn(6, 5, generator=rng, dtype=torch.float64)
+    left, right, lambdas = torch.zeros(5, 5).double(), torch.zeros(5, 6).double(), []
+    for adapter, x, y in zip(adapters, X, X_merged, strict=True):
+        W = adapter.delta() + (W0 if on == "full" else 0)
+        lambdas.append(float((W**2).sum() / ((x @ W.T) ** 2).sum()))
+        y = (1 - rho) * y + rho * x
+        C, S, eye = y.T @ x, y.T @ y, torch.eye(5).double()
+        left += lambdas[-1] * (S + 10**log_merged * torch.linalg.norm(S) * eye)
+        right += lambdas[-1] * (C + 10**log_alpha * torch.linalg.norm(C) * eye) @ adapter.delta().T
+    found = iteris.solve(
+        adapters,
+        [Moments.of(x, y) for x, y in zip(X, X_merged, strict=True)],
+        base=W0,
+        alpha=10**log_alpha,
+        alpha_merged=10**log_merged,
+        adaptive_on=on,
+        mix=rho,
+    )
+    assert distance(found.adapter.delta(), torch.linalg.solve(left, right).T) < EXACT
+    assert found.weights == pytest.approx(lambdas)
+    true = float(torch.linalg.cond(left))
+    assert 0.3 * true < found.condition < 1.001 * true
+
+
 @given(st.integers(1, 6), st.floats(-7, 0), st.integers(1, 12), st.integers(0, 2**31))
 def test_a_single_adapter_comes_back_whatever_alpha(rank, log_alpha, m, seed) -> None:
     rng = torch.Generator().manual_seed(seed)
@@ -165,6 +202,27 @@ def test_iterations_are_algorithm_1_step_for_step(toy: Toy, iterations: int) -> 
 def test_enough_iterations_meet_the_sweep(toy: Toy) -> None:
     loras, batches = problem(toy, (2, 3, 1), seed=1)
     assert worst(run(toy, loras, batches, iterations=8).lora, run(toy, loras, batches).lora) < EXACT
+
+
+def test_iterations_end_early_within_the_tolerance_and_report_each_change(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    full = run(toy, loras, batches, iterations=12)
+    early = run(toy, loras, batches, iterations=12, tolerance=1e-6)
+    assert full.passes == 13
+    assert early.passes < 13
+    assert worst(early.lora, full.lora) < 1e-5
+    assert all(report.change < 1e-6 for report in early.reports)
+    assert all(report.change is None for report in run(toy, loras, batches).reports)
+    coarse = run(toy, loras, batches, iterations=1)
+    assert max(report.change for report in coarse.reports) > 1e-3
+
+
+def test_every_layer_reports_its_balance_and_condition(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    for report in run(toy, loras, batches).reports:
+        assert len(report.balance) == 2 and min(report.balance) >= 0
+        assert report.condition > 1
+        assert report.residual > 0
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-4, 1e-2, 1.0])
@@ -434,9 +492,13 @@ def test_the_registry_lists_the_methods_without_torch() -> None:
     assert all(name == method.name for name, method in METHODS.items())
     assert find("iteris").validate({"alpha": 1}) == {
         "alpha": 1.0,
+        "alpha_merged": None,
         "weights": "adaptive",
+        "adaptive_on": "adapter",
+        "mix": 0.0,
         "coefficients": None,
         "iterations": None,
+        "tolerance": 0.0,
     }
     with pytest.raises(UserError, match=f"no merging method 'tie'; choose one of {', '.join(METHODS)}"):
         find("tie")

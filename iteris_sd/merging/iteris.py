@@ -25,23 +25,35 @@ def solve(
     adapters: Sequence[LowRank],
     moments: Sequence[Moments],
     *,
+    base: Tensor | None = None,
     alpha: float = 1e-4,
+    alpha_merged: float | None = None,
     weights: Literal["adaptive", "uniform"] = "adaptive",
+    adaptive_on: Literal["adapter", "full"] = "adapter",
+    mix: float = 0.0,
     coefficients: Sequence[float] | None = None,
 ) -> Solution:
     """Merge the adapters of one layer by eqs. 6 to 8; exact, rank Σ r_n.
+
+    ``alpha`` regularises C, ``alpha_merged`` S, with ``alpha`` if not given. ``adaptive_on``: what W_n of eq. 8 is,
+    the adapter ΔW_n (the paper's text) or W0 + ΔW_n (the authors' code; ``base`` is W0, (out, in)). ``mix``: ρ of
+    X̃ ← (1−ρ)X̃ + ρX (the authors' code, ``reg_ceof``).
 
     A term whose adaptive weight is 0/0 (ΔW_n or X_n ΔW_nᵀ vanishes), or whose coefficient is 0, is dropped
     and reported; with no term left the result is zero. Raises UserError when the system is singular (α too
     small) or not finite.
     """
-    lambdas, dropped = weigh(adapters, moments, weights, coefficients)
+    full = base if adaptive_on == "full" else None
+    lambdas, dropped = weigh(adapters, moments, weights, coefficients, full)
     kept = [n for n in range(len(adapters)) if n not in dropped]
     if not kept:
         return Solution(LowRank.concatenate([a.scaled(0.0) for a in adapters]), lambdas, dropped)
-    A = torch.stack([lambdas[n] * regularised(moments[n].merged, alpha) for n in kept]).sum(0)
-    terms = [(adapters[n], lambdas[n] * regularised(moments[n].cross, alpha)) for n in kept]
-    return Solution(solve_terms(A, terms), lambdas, dropped)
+    mixed = {n: moments[n].mixed(mix) for n in kept}
+    ridge = alpha if alpha_merged is None else alpha_merged
+    A = torch.stack([lambdas[n] * regularised(mixed[n].merged, ridge) for n in kept]).sum(0)
+    terms = [(adapters[n], lambdas[n] * regularised(mixed[n].cross, alpha)) for n in kept]
+    merged, condition = solve_terms(A, terms)
+    return Solution(merged, lambdas, dropped, condition=condition)
 
 
 def weigh(
@@ -49,12 +61,13 @@ def weigh(
     moments: Sequence[Moments],
     weights: Literal["adaptive", "uniform"],
     coefficients: Sequence[float] | None,
+    base: Tensor | None = None,
 ) -> tuple[tuple[float, ...], dict[int, str]]:
     """λ_n of every term, 0 for the dropped ones, and the reason of each drop."""
     coefficients = coefficients if coefficients is not None else (1.0,) * len(adapters)
     lambdas, dropped = [], {}
     for n, (adapter, m, coefficient) in enumerate(zip(adapters, moments, coefficients, strict=True)):
-        weight = adaptive_weight(adapter, m.own) if weights == "adaptive" else 1.0
+        weight = adaptive_weight(adapter, m.own, base) if weights == "adaptive" else 1.0
         if not coefficient:
             dropped[n] = "its coefficient is 0"
         elif not weight:

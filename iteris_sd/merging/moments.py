@@ -43,6 +43,15 @@ class Moments:
             return Moments(own, own, own, count)
         return Moments(own, self.cross + other.cross, self.merged + other.merged, count)
 
+    def mixed(self, share: float) -> "Moments":
+        """The moments with X̃ replaced by (1−ρ)X̃ + ρX, ρ = ``share`` (the authors' code, ``reg_ceof``)."""
+        if not share or self.merged is self.own:
+            return self
+        rest = 1.0 - share
+        both = rest * share * (self.cross + self.cross.T)
+        merged = rest**2 * self.merged + both + share**2 * self.own
+        return Moments(self.own, rest * self.cross + share * self.own, merged, self.count)
+
     def distance(self) -> float:
         """‖X̃ − X‖²_F."""
         if self.merged is self.own:

@@ -81,7 +81,8 @@ class Method:
     """A way of merging. ``needs`` is what its ``solve`` wants to know of the layer's inputs:
 
     ``none`` nothing (data-free); ``own`` the moments of X, each LoRA's inputs on its own samples;
-    ``merged`` also those of X̃, the merged model's inputs on the same samples.
+    ``merged`` also those of X̃, the merged model's inputs on the same samples. ``needs_base``: ``solve`` also gets the
+    layer's own weight W0 (out, in) as ``base``.
 
     ``invariances`` are the changes of what is given that leave ΔW as it is, whatever the parameters (numbers per
     concept go with their concept):
@@ -99,6 +100,7 @@ class Method:
     module: str
     invariances: frozenset[str]
     parameters: tuple[Parameter, ...] = ()
+    needs_base: bool = False
 
     @property
     def solve(self) -> Callable[..., Any]:
@@ -387,11 +389,34 @@ _METHODS = (
                 help="Regularisation (eq. 7): α times the moments' norm is added to their diagonals.",
             ),
             Parameter(
+                name="alpha_merged",
+                type="float",
+                default=None,
+                low=0.0,
+                high=1.0,
+                help="α of the left side X̃ᵀX̃ alone, as the authors' code allows; empty: the same.",
+            ),
+            Parameter(
                 name="weights",
                 type="choice",
                 default="adaptive",
                 choices=("adaptive", "uniform"),
                 help="adaptive: λ = ‖ΔW‖²/‖XΔWᵀ‖² (eq. 8), so no concept outshouts others; uniform: 1.",
+            ),
+            Parameter(
+                name="adaptive_on",
+                type="choice",
+                default="adapter",
+                choices=("adapter", "full"),
+                help="What λ is made of: ΔW (the paper's text), or W0 + ΔW (the authors' code).",
+            ),
+            Parameter(
+                name="mix",
+                type="float",
+                default=0.0,
+                low=0.0,
+                high=1.0,
+                help="ρ: X̃ is replaced by (1−ρ)X̃ + ρX, as the authors' code can; 1 forgets the merged model.",
             ),
             Parameter(
                 name="coefficients",
@@ -411,7 +436,17 @@ _METHODS = (
                 scope="run",
                 help="Empty: one sweep to the fixed point. k: Algorithm 1 as printed, k refinements.",
             ),
+            Parameter(
+                name="tolerance",
+                type="float",
+                default=0.0,
+                low=0.0,
+                high=1.0,
+                scope="run",
+                help="Iterations end early once no layer's ΔW changes by more than this share; 0: never.",
+            ),
         ),
+        needs_base=True,
     ),
 )
 

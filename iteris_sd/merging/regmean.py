@@ -24,8 +24,8 @@ def solve(adapters: Sequence[LowRank], moments: Sequence[Moments], *, factor: fl
     """
     grams = [shrink(m.own, factor) for m in moments]
     A = torch.stack(grams).sum(0)
-    merged = solve_terms(A, list(zip(adapters, grams, strict=True)))
-    return Solution(merged, weights=(1.0,) * len(adapters))
+    merged, condition = solve_terms(A, list(zip(adapters, grams, strict=True)))
+    return Solution(merged, weights=(1.0,) * len(adapters), condition=condition)
 
 
 def shrink(G: Tensor, factor: float) -> Tensor:

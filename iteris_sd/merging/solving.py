@@ -27,13 +27,14 @@ class Solution:
     """One layer's merged adapter, the weight of each term, and why terms were dropped (index -> reason).
 
     ``truncation``: ‖ΔW − ΔW_k‖_F / ‖ΔW‖_F where the method's own ΔW was cut to the k directions of ``adapter``;
-    None for methods that cut nothing.
+    None for methods that cut nothing. ``condition``: the condition number of the system solved, if one was.
     """
 
     adapter: LowRank
     weights: tuple[float, ...]
     dropped: Mapping[int, str] = field(default_factory=dict)
     truncation: float | None = None
+    condition: float | None = None
 
 
 def weighted_sum(adapters: Sequence[LowRank], weights: Sequence[float]) -> Solution:
@@ -54,19 +55,32 @@ def check_finite(adapters: Sequence[LowRank]) -> None:
         raise UserError("one of the LoRAs is not finite there; check the LoRA files.")
 
 
-def solve_terms(A: Tensor, terms: Sequence[tuple[LowRank, Tensor]]) -> LowRank:
+def solve_terms(A: Tensor, terms: Sequence[tuple[LowRank, Tensor]]) -> tuple[LowRank, float]:
     """ΔW with ΔWᵀ = A⁻¹ Σ_n B_n ΔW_nᵀ for terms (ΔW_n, B_n); exact, rank Σ r_n, by Cholesky in float64.
 
-    Raises UserError when A or the result is not finite, or A is singular to working precision.
+    Also A's condition number, as `condition` estimates it. Raises UserError when A or the result is not finite, or A
+    is singular to working precision.
     """
     if not bool(A.isfinite().all()):
         raise UserError("the moments of its inputs are not finite; use float32 or other samples.")
     wide = [adapter.to(A.device, torch.float64) for adapter, _ in terms]
     rhs = torch.cat([B @ adapter.down.T for adapter, (_, B) in zip(wide, terms, strict=True)], dim=1)
-    solved = LowRank(torch.cholesky_solve(rhs, _cholesky(A)).T, torch.cat([a.up for a in wide], dim=1))
+    L = _cholesky(A)
+    solved = LowRank(torch.cholesky_solve(rhs, L).T, torch.cat([a.up for a in wide], dim=1))
     if not bool(solved.down.isfinite().all() and solved.up.isfinite().all()):
         raise UserError("its solution is not finite; check the LoRA files, or raise the regularisation.")
-    return solved
+    return solved, condition(A, L)
+
+
+def condition(A: Tensor, L: Tensor, steps: int = 12) -> float:
+    """λ_max / λ_min of A = L Lᵀ, estimated from below by power iterations on A and on A⁻¹: a few products, no
+    eigenvalues."""
+    grown = shrunk = torch.linspace(0.5, 1.0, len(A), dtype=A.dtype, device=A.device)[:, None]
+    for _ in range(steps):
+        grown, shrunk = A @ grown, torch.cholesky_solve(shrunk, L)
+        top, bottom = grown.norm(), shrunk.norm()
+        grown, shrunk = grown / top, shrunk / bottom
+    return float(top * bottom)
 
 
 def _cholesky(A: Tensor) -> Tensor:
@@ -81,24 +95,41 @@ def _cholesky(A: Tensor) -> Tensor:
     return L
 
 
-def adaptive_weight(adapter: LowRank, own: Tensor) -> float:
-    """λ = ‖ΔW‖²_F / ‖X ΔWᵀ‖²_F (eq. 8), from own = XᵀX (in, in); 0 where either vanishes to rounding."""
+def adaptive_weight(adapter: LowRank, own: Tensor, base: Tensor | None = None) -> float:
+    """λ = ‖W‖²_F / ‖X Wᵀ‖²_F (eq. 8), from own = XᵀX (in, in); 0 where ΔW or X ΔWᵀ vanishes to rounding.
+
+    W is ΔW, or ``base`` + ΔW where the base weight (out, in) is given.
+    """
     size = adapter.down.double().square().sum().item() * adapter.up.double().square().sum().item()
     eps = torch.finfo(torch.float64).eps * len(own)
     norm, energy = inner(adapter, adapter).item(), inner(adapter, adapter, own).item()
     if norm <= eps * size or energy <= eps * size * own.norm().item():
         return 0.0
-    return norm / energy
+    if base is None:
+        return norm / energy
+    W = base.to(own) + adapter.to(own.device, own.dtype).delta()
+    return float(W.square().sum() / ((W @ own) * W).sum())
 
 
 def residual(
     adapters: Sequence[LowRank], moments: Sequence[Moments], weights: Sequence[float], merged: LowRank
 ) -> float | None:
     """Σ λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖² / Σ λ_n ‖X_n ΔW_nᵀ‖² (eq. 5, relative); None where the latter is zero."""
-    left = wanted = 0.0
-    for adapter, m, weight in zip(adapters, moments, weights, strict=True):
-        energy = inner(adapter, adapter, m.own).item()
-        overlap = inner(merged, adapter, m.cross).item()
-        left += weight * (energy - 2 * overlap + inner(merged, merged, m.merged).item())
-        wanted += weight * energy
-    return max(0.0, left) / wanted if wanted > 0 else None
+    wanted = sum(w * inner(a, a, m.own).item() for a, m, w in zip(adapters, moments, weights, strict=True))
+    return sum(balance(adapters, moments, weights, merged)) / wanted if wanted > 0 else None
+
+
+def balance(
+    adapters: Sequence[LowRank], moments: Sequence[Moments], weights: Sequence[float], merged: LowRank
+) -> tuple[float, ...]:
+    """λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖² of every term (the paper's Fig. 3c)."""
+    return tuple(
+        weight
+        * max(
+            0.0,
+            inner(adapter, adapter, m.own).item()
+            - 2 * inner(merged, adapter, m.cross).item()
+            + inner(merged, merged, m.merged).item(),
+        )
+        for adapter, m, weight in zip(adapters, moments, weights, strict=True)
+    )

@@ -185,7 +185,6 @@ class Stopped(Exception):
 def tiny(monkeypatch):
     """Storybook's parts in tiny width, so that every stage takes a few steps in seconds."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     from iteris_sd.storybook import train_clip, train_oracle
 
@@ -214,23 +213,10 @@ def tiny(monkeypatch):
             norm_num_groups=4,
         )
 
-    def text_encoder(tokenizer):
-        return CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=model.TEXT_LENGTH,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-
-    for made in (autoencoder, unet, text_encoder):
+    for made in (autoencoder, unet):
         monkeypatch.setattr(model, made.__name__, made)
+    for name, value in {"TEXT_WIDTH": 16, "TEXT_LAYERS": 1, "TEXT_HEADS": 2}.items():
+        monkeypatch.setattr(model, name, value)
     for name, value in {"LOOKS": 64, "STRANGERS": 32, "PAIRS": 4, "QUERIES": 64}.items():
         monkeypatch.setattr(train_clip, name, value)
     vision = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "image_size": 96}
@@ -269,6 +255,7 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(name, tiny, tmp_path, monke
             (tmp_path / folder / "assets" / "storybook").mkdir(parents=True)
             torch.manual_seed(0)
             model.autoencoder().save_pretrained(tmp_path / folder / "assets" / "storybook" / "vae")
+            stage("clip")(replace(run(folder), steps=1))
     stage(name)(run("whole"))
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         _stopping_at(patched, 3)
@@ -315,6 +302,42 @@ def test_a_share_has_wilsons_interval():
     figure = report.share("heads", [True] * 80 + [False] * 20, 75)
     assert (figure.value, figure.met) == (80, True)
     assert (figure.low, figure.high) == pytest.approx((71.11, 86.66), abs=0.01)
+
+
+def test_the_text_encoder_begins_as_the_scorers_text_tower(tiny, tmp_path):
+    from open_clip.model import CLIP
+
+    from iteris_sd.storybook import train_clip
+
+    tokenizer = model.train_tokenizer(["a dog next to a barn", "a small cat"], tmp_path)
+    clip = CLIP(**train_clip.configuration(len(tokenizer))["model_cfg"]).eval()
+    mine = model.with_text_tower(model.text_encoder(tokenizer), clip.state_dict()).eval()
+    ids = tokenizer(
+        ["a dog", "a small barn next to a cat"], padding="max_length", return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        ends = mine(ids).last_hidden_state[range(2), (ids == tokenizer.eos_token_id).int().argmax(dim=1)]
+        torch.testing.assert_close(ends @ clip.text_projection, clip.encode_text(ids))
+
+
+def test_the_unet_stage_asks_for_the_scorer_first(tiny, tmp_path):
+    model.autoencoder().save_pretrained(tmp_path / "assets" / "storybook" / "vae")
+    with pytest.raises(FileNotFoundError, match="run `--stage clip` first"):
+        stage("unet")(Run(tmp_path / "runs", tmp_path / "assets", 24, PLAIN, steps=1))
+
+
+def test_a_part_may_learn_more_slowly(tmp_path):
+    parts = nn.ModuleDict({"fast": nn.Linear(3, 1), "slow": nn.Linear(3, 1)})
+
+    def loss(module: nn.ModuleDict, rng: torch.Generator) -> torch.Tensor:
+        x = torch.randn(8, 3, generator=rng)
+        return (module["fast"](x) + module["slow"](x) - 1).square().mean()
+
+    before = {name: p.detach().clone() for name, p in parts.named_parameters()}
+    plan = Plan("toy", steps=1, batch=8, peak=0.01, warmup=1, cooldown=0.0, decay=0.0, slower={"slow": 0.1})
+    fit(plan, parts, loss, tmp_path, PLAIN)
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in parts.named_parameters()}
+    assert moved["slow.weight"] == pytest.approx(0.1 * moved["fast.weight"], rel=1e-2)
 
 
 def test_a_warm_start_goes_on_from_the_shipped_weights(tiny, tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +33,9 @@ class Plan:
     average: float = 0.999
     decay: float = 0.01
     cooldown: float = 0.3
+    slower: Mapping[str, float] = field(
+        default_factory=dict
+    )  # parts of the module that learn at a share of the rate
     save_every: int = 500
     sample_every: int = 1000
 
@@ -64,15 +67,20 @@ def fit(
     """
     directory.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(module).requires_grad_(False).eval()
+    groups = _groups(plan, module)
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=plan.peak, betas=(0.9, 0.99), weight_decay=plan.decay, fused=True
+        [{"params": list(parameters)} for _, parameters in groups],
+        lr=plan.peak,
+        betas=(0.9, 0.99),
+        weight_decay=plan.decay,
+        fused=True,
     )
     start = _resume(directory, module, average, optimizer)
     module.train()
     with Log(directory / f"{plan.stage}.csv", start) as log:
         for step in range(start, plan.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate(step)
+            for group, (share, _) in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = share * plan.rate(step)
             with machine.autocast():
                 value = loss(module, plan.generator(step))
             optimizer.zero_grad(set_to_none=True)
@@ -88,6 +96,14 @@ def fit(
                 sampler(average, step + 1)
     draw_curve(directory / f"{plan.stage}.csv")
     return average
+
+
+def _groups(plan: Plan, module: nn.Module) -> list[tuple[float, list[nn.Parameter]]]:
+    """The parameters by the share of the learning rate they get."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        groups.setdefault(plan.slower.get(name.partition(".")[0], 1.0), []).append(parameter)
+    return list(groups.items())
 
 
 @torch.no_grad()

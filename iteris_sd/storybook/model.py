@@ -10,9 +10,12 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-TEXT_WIDTH = 256
+TEXT_WIDTH = 128
+TEXT_LAYERS = 3
+TEXT_HEADS = 4
 LATENT_CHANNELS = 6
 TEXT_LENGTH = 48  # captions have at most 25 tokens; a long prompt in rare words about 40
 VOCABULARY = 1024
@@ -64,21 +67,55 @@ def unet() -> UNet2DConditionModel:
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model of three layers, trained together with the U-Net."""
+    """A CLIP text model of the shape of the scorer's text tower."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
             intermediate_size=4 * TEXT_WIDTH,
             projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            num_hidden_layers=TEXT_LAYERS,
+            num_attention_heads=TEXT_HEADS,
             max_position_embeddings=TEXT_LENGTH,
+            hidden_act="gelu",
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def with_text_tower(text_encoder: CLIPTextModel, clip: Mapping[str, Tensor]) -> CLIPTextModel:
+    """The text encoder with the weights of an open_clip model's text tower, as Stable Diffusion's is CLIP's."""
+    own: dict[str, Tensor] = {
+        "embeddings.token_embedding.weight": clip["token_embedding.weight"],
+        "embeddings.position_embedding.weight": clip["positional_embedding"],
+        "final_layer_norm.weight": clip["ln_final.weight"],
+        "final_layer_norm.bias": clip["ln_final.bias"],
+    }
+    names = {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn.out_proj": "attn.out_proj",
+    }
+    for k in range(TEXT_LAYERS):
+        block, layer = f"transformer.resblocks.{k}", f"encoder.layers.{k}"
+        for kind in ("weight", "bias"):
+            for mine, theirs in names.items():
+                own[f"{layer}.{mine}.{kind}"] = clip[f"{block}.{theirs}.{kind}"]
+            parts = clip[f"{block}.attn.in_proj_{kind}"].chunk(3)
+            for mine, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+                own[f"{layer}.self_attn.{mine}.{kind}"] = part
+    # Module names may begin with "text_model.", as the version of transformers has it.
+    full = {
+        n: own[n.removeprefix("text_model.")].float()
+        for n in text_encoder.state_dict()
+        if "position_ids" not in n
+    }
+    text_encoder.load_state_dict(full, strict=False)
+    return text_encoder
 
 
 def scheduler() -> DDIMScheduler:

@@ -72,7 +72,8 @@ def share(name: str, right: Sequence[bool], least: float | None = None) -> Figur
     p, z2 = k / n, _Z**2 / n
     middle, reach = (p + z2 / 2) / (1 + z2), _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
     bar, met = ("", None) if least is None else (f"≥ {least:g} %", 100 * p >= least)
-    return Figure(name, bar, n, 100 * p, 100 * (middle - reach), 100 * (middle + reach), met)
+    low, high = min(p, middle - reach), max(p, middle + reach)  # at 0 and 1 rounding would leave p outside
+    return Figure(name, bar, n, 100 * p, 100 * low, 100 * high, met)
 
 
 def mean(name: str, values: Sequence[float], unit: str, least: float | None = None, bar: str = "") -> Figure:

@@ -1,4 +1,4 @@
-"""Train Storybook from nothing: `python -m iteris_sd.storybook.train --stage vae|unet|clip|oracle|concepts|all`.
+"""Train Storybook from nothing: `python -m iteris_sd.storybook.train --stage vae|clip|unet|oracle|concepts|all`.
 
 Each stage resumes from its checkpoint under `--runs`, and writes its averaged weights, in fp16, to `--assets`.
 It runs on a GPU if there is one.
@@ -15,7 +15,7 @@ from iteris_sd.storybook.machine import here
 from iteris_sd.storybook.run import Run
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-STAGES = ("vae", "unet", "clip", "oracle", "concepts")
+STAGES = ("vae", "clip", "unet", "oracle", "concepts")
 
 
 def stage(name: str) -> Callable[[Run], None]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from open_clip.model import CLIP
 
 CONTEXT = model.TEXT_LENGTH
-WIDTH = 128  # of the embedding that both towers share, and of the text tower
+WIDTH = 128  # of the embedding that both towers share
 SIDE = 96  # pictures are looked at in this size: marks still show, at under two thirds of the time of 128
 VISION: Mapping[str, Any] = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 64, "image_size": SIDE}
 
@@ -222,9 +222,9 @@ def configuration(vocabulary: int) -> dict[str, Any]:
                 "context_length": CONTEXT,
                 "vocab_size": vocabulary,
                 "hf_tokenizer_name": "storybook",
-                "width": WIDTH,
-                "heads": 4,
-                "layers": 3,
+                "width": model.TEXT_WIDTH,
+                "heads": model.TEXT_HEADS,
+                "layers": model.TEXT_LAYERS,
             },
         },
         "preprocess_cfg": {

@@ -30,7 +30,7 @@ def test_layers_go_by_canonical_names(backbone: Backbone) -> None:
     assert backbone.layers[LAYER].weight.shape == (8, toybook.WIDTH)
     assert backbone.layers[TEXT_LAYER].weight.shape == (toybook.WIDTH, toybook.WIDTH)
     assert backbone.latent_shape == (4, 8, 8)
-    assert backbone.tokenise(["a dog", ""]).shape == (2, 77)
+    assert backbone.tokenise(["a dog", ""]).shape == (2, backbone.tokenizer.model_max_length)
 
 
 def test_a_prepared_model_is_as_before_afterwards(backbone: Backbone, dog) -> None:

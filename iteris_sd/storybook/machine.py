@@ -23,8 +23,11 @@ class Machine:
     compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Forward passes in bfloat16 where that pays."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        """Forward passes in bfloat16 where that pays.
+
+        Without autocast's cache: it would keep the weights of the first step for as long as the block lasts.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
 
 def here(precision: Precision = "auto", compiled: bool = False) -> Machine:

@@ -28,18 +28,17 @@ from iteris_sd.training import Examples, Progress, Settings, Trained
 from iteris_sd.training import train as train_concept
 
 SETTINGS = Settings(
-    rank=8,
-    inversion_steps=100,
-    inversion_rate=5e-3,
-    lora_steps=300,
-    unet_rate=1.5e-3,
-    text_encoder_rate=3e-4,
+    rank=16,
+    inversion_steps=60,
+    inversion_rate=3e-3,
+    lora_steps=400,
+    unet_rate=2e-3,
+    text_encoder_rate=5e-4,
     token_rate=1e-3,
     schedule="cosine",
-    batch=4,
+    batch=6,
     prior_batch=4,
     accumulation=1,
-    snr_cap=5.0,
 )
 
 TOKENS = {

@@ -92,4 +92,4 @@ def parameter(dial: Parameter, given: Any) -> Any:
         return dial.default
     if dial.type == "floats" and isinstance(given, str):
         return numbers(dial.name, given, float)
-    return given
+    return dial.parse(given) if isinstance(given, str) else given

@@ -221,6 +221,8 @@ def _dial(method: str, dial: Parameter) -> Any:
         return gr.Dropdown(list(dial.choices), value=dial.default, **common)
     if dial.type == "floats":
         return gr.Textbox("", placeholder="1, 1", **common)
+    if dial.default is None:  # a number field that was never filled in may come back as 0
+        return gr.Textbox("", placeholder="empty", **common)
     return gr.Number(dial.default, precision=0 if dial.type == "int" else None, **common)
 
 

@@ -217,7 +217,11 @@ class _Solver:
     def __call__(self, name: str, moments: Sequence[Moments] | None) -> _Outcome:
         adapters, who = self._problem.adapters(name), self._problem.participants[name]
         concept = {key: v if v is None else tuple(v[n] for n in who) for key, v in self._concept.items()}
-        base = {"base": self._problem.modules[name].weight.detach()} if self._method.needs_base else {}
+        base = (
+            {"base": self._problem.modules[name].get_parameter("weight").detach()}
+            if self._method.needs_base
+            else {}
+        )
         try:
             solution: Solution = self._method.solve(adapters, moments, **base, **self._layer, **concept)
         except UserError as error:

@@ -69,7 +69,13 @@ def case(method: str, ranks: Sequence[int], shape: tuple[int, int], seed: int, /
 
 
 # Ranges that keep a random problem regular; the others are the registry's.
-NARROWER = {"alpha": (1e-2, 1.0), "factor": (0.0, 0.8), "coefficients": (0.25, 4.0), "scale": (0.25, 4.0)}
+NARROWER = {
+    "alpha": (1e-2, 1.0),
+    "alpha_merged": (1e-2, 1.0),
+    "factor": (0.0, 0.8),
+    "coefficients": (0.25, 4.0),
+    "scale": (0.25, 4.0),
+}
 
 
 def values_of(dial: Parameter, concepts: int) -> st.SearchStrategy[Any]:

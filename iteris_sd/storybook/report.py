@@ -411,7 +411,7 @@ HEADER: tuple[str, ...] = ("figure", "must reach", "n", "value", "95 % interval"
 def write(figures: Sequence[Figure], output: Path) -> None:
     """`report.md` and `report.csv`."""
     rows: list[tuple[str, ...]] = [figure.row() for figure in figures]
-    lines = [f"| {' | '.join(row)} |" for row in (HEADER, tuple("---" for _ in HEADER), *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in [HEADER, tuple("---" for _ in HEADER), *rows]]
     text = "# Storybook, measured\n\n" + (__doc__ or "").split("\n\n", 1)[1] + "\n" + "\n".join(lines) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     with (output / "report.csv").open("w", newline="", encoding="utf-8") as file:

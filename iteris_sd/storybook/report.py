@@ -283,7 +283,14 @@ def _alone(subject: Subject, words: str | None, n: int) -> list[str]:
 
 def _beside(subject: Subject, n: int) -> tuple[list[str], list[str]]:
     """Prompts with a generic second thing, and the class of that thing."""
-    things = ("red barn", "grey cat", "blue car", "yellow flower", "brown dog", "green umbrella")
+    things: tuple[str, ...] = (
+        "red barn",
+        "grey cat",
+        "blue car",
+        "yellow flower",
+        "brown dog",
+        "green umbrella",
+    )
     things = tuple(t for t in things if not t.endswith(subject.noun))
     words = ("next to a {}", "and a {}", "to the left of a {}", "to the right of a {}")
     chosen = [things[k % len(things)] for k in range(n)]

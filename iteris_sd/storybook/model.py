@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 TEXT_WIDTH = 128
 TEXT_LAYERS = 3
@@ -131,6 +131,30 @@ def scheduler() -> DDIMScheduler:
         set_alpha_to_one=True,
         steps_offset=1,
     )
+
+
+def save(part: ModelMixin | PreTrainedModel, folder: Path) -> None:
+    """Write a part's weights in fp16 shards, in place of those that were there.
+
+    The configuration asks for float32, since a pipeline of both precisions cannot draw, and names no folder of the
+    machine that wrote it.
+    """
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    part.half().save_pretrained(folder, max_shard_size=SHARD)
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)
+    if "dtype" in settings:
+        settings["dtype"] = "float32"
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def kept_tokenizer(folder: Path, captions: Sequence[Sequence[str]]) -> CLIPTokenizer:
+    """The tokenizer in `folder`, learnt from the first captions if there is none."""
+    if not (folder / "vocab.json").exists():
+        return train_tokenizer((c for wordings in captions[:6000] for c in wordings), folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def train_tokenizer(captions: Iterable[str], directory: Path) -> CLIPTokenizer:

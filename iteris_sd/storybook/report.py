@@ -302,68 +302,69 @@ def _beside(subject: Subject, n: int) -> tuple[list[str], list[str]]:
     return prompts, [thing.split(" ", 1)[1] for thing in chosen]
 
 
+@dataclass(frozen=True)
+class _OfConcept:
+    """What was measured of one concept."""
+
+    identity: Figure
+    leak: Figure
+    nearest: list[bool]
+    both: list[bool]
+    composable: list[bool]
+
+
+def _of_concept(bench: Bench, subject: Subject, concept: concepts.Concept, n: int) -> _OfConcept:
+    """Draw one concept's LoRA alone, in company and by its class word, beside the base model, and measure it."""
+    kin, loaded = _kin(bench, subject, concept), concept.load()
+    plain, (prompts, beside) = _alone(subject, subject.noun, n), _beside(subject, n)
+    base = bench.draw(plain, 5000)
+    with bench.backbone.prepared(loaded.tokens, loaded.lora):
+        alone = bench.draw(_alone(subject, None, n), 5000)
+        together, leaked = bench.draw(prompts, 6000), bench.draw(plain, 7000)
+    bench.sheet(f"concept_{subject.name}", [*alone[:10], *base[:10], *together[:10], *leaked[:10]])
+    seen, from_base, left = (bench.scorer.embed_images(p) for p in (alone, base, leaked))
+    gain = ((seen - from_base) @ kin.own.T).mean(dim=1).tolist()
+    name = f"{subject.name}: image alignment above the base model's, paired"
+    identity = mean(name, gain, "", bar="above 0")
+    # Nearer the base model's pictures of the same prompts (other seeds) than the concept's references?
+    margin = ((left @ from_base.T).mean(dim=1) - (left @ kin.own.T).mean(dim=1)).tolist()
+    name = f"{subject.name}: class word alone, nearer the base than the concept"
+    leak = mean(name, margin, "", bar="above 0")
+    verdict = bench.judge(together).present
+    wanted = [[train_oracle.CLASSES.index(cls) for cls in (other, subject.noun)] for other in beside]
+    both = torch.stack([(verdict[k, pair] > 0).all() for k, pair in enumerate(wanted)])
+    own = kin.nearest(bench.scorer.embed_images(together))
+    return _OfConcept(
+        replace(identity, met=(identity.low or 0.0) > 0),
+        replace(leak, met=leak.value > 0),
+        kin.nearest(seen).tolist(),
+        both.tolist(),
+        (both & own).tolist(),
+    )
+
+
 def individuals(bench: Bench, n: int) -> list[Figure]:
     """Identity, composability and leak of each concept's LoRA alone."""
-    figures: dict[str, list[Figure]] = {"identity": [], "nearest": [], "composable": [], "leak": []}
-    clear: list[bool] = []
-    pooled: dict[str, list[bool]] = {"nearest": [], "composable": []}
     library = concepts.Library.read(bench.run.assets / "concepts")
-    for subject in SUBJECTS.values():
-        concept = library.find(subject.name)
-        kin, loaded = _kin(bench, subject, concept), concept.load()
-        plain = _alone(subject, subject.noun, n)
-        prompts, beside = _beside(subject, n)
-        base = bench.draw(plain, 5000)
-        with bench.backbone.prepared(loaded.tokens, loaded.lora):
-            alone = bench.draw(_alone(subject, None, n), 5000)
-            together, leaked = bench.draw(prompts, 6000), bench.draw(plain, 7000)
-        bench.sheet(f"concept_{subject.name}", [*alone[:10], *base[:10], *together[:10], *leaked[:10]])
-        seen, from_base, left = (bench.scorer.embed_images(p) for p in (alone, base, leaked))
-        gain = ((seen - from_base) @ kin.own.T).mean(dim=1).tolist()
-        identity = mean(
-            f"{subject.name}: image alignment above the base model's, paired", gain, "", bar="above 0"
-        )
-        clear.append((identity.low or 0.0) > 0)
-        figures["identity"].append(replace(identity, met=clear[-1]))
-        near = kin.nearest(seen).tolist()
-        verdict = bench.judge(together).present
-        wanted = [(train_oracle.CLASSES.index(c), train_oracle.CLASSES.index(subject.noun)) for c in beside]
-        both = torch.tensor([bool((verdict[k, list(pair)] > 0).all()) for k, pair in enumerate(wanted)])
-        own = kin.nearest(bench.scorer.embed_images(together))
-        pooled["nearest"] += near
-        pooled["composable"] += (both & own).tolist()
-        figures["nearest"].append(share(f"{subject.name}: nearest its own references", near))
-        figures["composable"] += [
-            share(
-                f"{subject.name}: beside another thing, both there and still itself", (both & own).tolist()
-            ),
-            share(f"{subject.name}: beside another thing, both there", both.tolist()),
-        ]
-        # Nearer the base model's pictures of the same prompts (other seeds) than the concept's references?
-        margin = (left @ from_base.T).mean(dim=1) - (left @ kin.own.T).mean(dim=1)
-        leak = mean(
-            f"{subject.name}: class word alone, nearer the base than the concept",
-            margin.tolist(),
-            "",
-            bar="above 0",
-        )
-        figures["leak"].append(replace(leak, met=leak.value > 0))
-    eight = len(SUBJECTS)
+    found = {s.name: _of_concept(bench, s, library.find(s.name), n) for s in SUBJECTS.values()}
+    each = list(found.values())
     return [
-        Figure(
-            "identity: above the base, interval clear of zero",
-            "8 of 8",
-            eight,
-            sum(clear),
-            None,
-            None,
-            all(clear),
-            "",
+        _count("identity: above the base, interval clear of zero", [bool(one.identity.met) for one in each]),
+        share(
+            "identity: nearest its own references of eight individuals",
+            [right for one in each for right in one.nearest],
+            80.0,
         ),
-        share("identity: nearest its own references of eight individuals", pooled["nearest"], 80.0),
-        share("composable: both there and still itself", pooled["composable"], 65.0),
-        _count("leak: class word alone stays with the base", [bool(f.met) for f in figures["leak"]]),
-        *(figure for group in figures.values() for figure in group),
+        share("composable: both there and still itself", [r for one in each for r in one.composable], 65.0),
+        _count("leak: class word alone stays with the base", [bool(one.leak.met) for one in each]),
+        *(one.identity for one in each),
+        *(share(f"{name}: nearest its own references", one.nearest) for name, one in found.items()),
+        *(
+            share(f"{name}: beside another thing, {what}", marks)
+            for name, one in found.items()
+            for what, marks in (("both there and still itself", one.composable), ("both there", one.both))
+        ),
+        *(one.leak for one in each),
     ]
 
 

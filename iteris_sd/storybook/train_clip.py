@@ -28,7 +28,6 @@ from iteris_sd.storybook import data, model, world
 from iteris_sd.storybook.loop import Plan, fit
 from iteris_sd.storybook.pictures import disturbed, to_tensor
 from iteris_sd.storybook.run import Run
-from iteris_sd.storybook.train_unet import kept_tokenizer
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -250,7 +249,7 @@ def write(module: CLIP, vocabulary: int, folder: Path) -> None:
 
 def _tokenizer(run: Run, captions: Sequence[Sequence[str]]) -> CLIPTokenizer:
     """Storybook's own tokenizer, learnt now if there is none yet, and copied to the scorer."""
-    kept_tokenizer(run.storybook / "tokenizer", captions)
+    model.kept_tokenizer(run.storybook / "tokenizer", captions)
     shutil.copytree(run.storybook / "tokenizer", run.assets / "scorer", dirs_exist_ok=True)
     return CLIPTokenizer.from_pretrained(run.assets / "scorer")
 

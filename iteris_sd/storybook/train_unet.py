@@ -9,7 +9,6 @@ fifth of the U-Net's rate.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -136,7 +135,7 @@ def train(run: Run) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     vae.to(machine.device, memory_format=torch.channels_last).requires_grad_(False)
     captions = drawn.captions()
-    tokenizer = kept_tokenizer(folder / "tokenizer", captions)
+    tokenizer = model.kept_tokenizer(folder / "tokenizer", captions)
     ids, empty = tokenised(tokenizer, captions), tokenised(tokenizer, [[""]])[0, 0].long()
     latents = encoded(run.runs, vae, drawn, machine)
     plan = Plan(
@@ -167,11 +166,11 @@ def train(run: Run) -> None:
         module["unet"].compile()
     loss = denoising_loss(latents, ids, empty, plan.batch, machine.device)
     average = fit(plan, module, loss, run.runs / "unet", machine, sample)
-    whole = assembled(average.half(), vae.half(), tokenizer)
-    for part in ("unet", "text_encoder", "scheduler"):  # the others lie there already
-        getattr(whole, part).save_pretrained(folder / part, max_shard_size=model.SHARD)
+    for part in ("unet", "text_encoder"):  # the others lie there already
+        model.save(average[part], folder / part)
+    whole = assembled(average, vae, tokenizer)
+    whole.scheduler.save_pretrained(folder / "scheduler")
     whole.save_config(folder)
-    _load_in_float32(folder / "text_encoder" / "config.json")
 
 
 def _modules(run: Run, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
@@ -188,16 +187,3 @@ def _modules(run: Run, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
         text_encoder = model.with_text_tower(model.text_encoder(tokenizer), load_file(tower))
     text_encoder.set_attn_implementation("eager")  # a few dozen positions: plain products are faster
     return nn.ModuleDict({"unet": suit(unet, run.machine), "text_encoder": text_encoder})
-
-
-def kept_tokenizer(folder: Path, captions: Sequence[Sequence[str]]) -> CLIPTokenizer:
-    """The tokenizer in `folder`, learnt from the first captions if there is none."""
-    if not (folder / "vocab.json").exists():
-        return model.train_tokenizer((c for wordings in captions[:6000] for c in wordings), folder)
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def _load_in_float32(config: Path) -> None:
-    """Have transformers load fp16 weights as float32, as diffusers does: a pipeline of both cannot draw."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

@@ -101,4 +101,4 @@ def train(run: Run) -> None:
     with torch.no_grad():
         means = average.encode(shown).latent_dist.mean
     average.register_to_config(scaling_factor=round(1.0 / float(means.std()), 4))
-    average.half().save_pretrained(run.storybook / "vae", max_shard_size=model.SHARD)
+    model.save(average, run.storybook / "vae")

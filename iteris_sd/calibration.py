@@ -11,7 +11,7 @@ forward with the last result and a solve of all layers, micro-batch after micro-
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -19,10 +19,11 @@ from torch import nn
 from iteris_sd.capture import Capture, MicroBatch, Part, Samples, Site
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank, check_fit, inner, working_dtype
-from iteris_sd.merging import registry
+from iteris_sd.merging import linear, registry
 from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, adaptive_weight, balance, residual
 from iteris_sd.pausing import Pausable
+from iteris_sd.sharing import Shares, shares
 
 __all__ = ["LayerReport", "Merged", "Part", "Progress", "Samples", "finish", "measure", "merge"]
 
@@ -42,7 +43,8 @@ class Progress:
 class LayerReport:
     """How one layer was merged.
 
-    ``participants``: concepts whose LoRA touches it. ``weights``: the λ of each participant. ``dropped``:
+    ``participants``: concepts whose LoRA touches it, or whose samples speak for leaving it alone. ``method``: how it
+    was merged; "kept" where only one LoRA touches it. ``weights``: the λ of each participant. ``dropped``:
     participants left out, with the reason. ``residual``: Σλ‖XΔWₙᵀ − X̃ΔWᵀ‖² / Σλ‖XΔWₙᵀ‖². ``discrepancy``:
     ‖X̃ − X‖ / ‖X‖ (the paper's Fig. 3a). ``balance``: λₙ‖XₙΔWₙᵀ − X̃ₙΔWᵀ‖² of each participant (Fig. 3c).
     ``condition``: an estimate of the condition number of the system solved. ``change``: ‖ΔW − ΔW before‖ / ‖ΔW‖ in
@@ -52,6 +54,7 @@ class LayerReport:
 
     name: str
     participants: tuple[int, ...]
+    method: str = "kept"
     weights: tuple[float, ...] = ()
     dropped: Mapping[int, str] = field(default_factory=dict)
     residual: float | None = None
@@ -64,13 +67,14 @@ class LayerReport:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The merged LoRA, how each layer came about, and how often the model ran."""
+    """The merged LoRA, how each layer came about, how often the model ran, and on how many samples at once."""
 
     lora: LoRA
     method: str
     parameters: Mapping[str, Any]
     reports: tuple[LayerReport, ...]
     passes: int
+    micro_batch: int | None = None
 
 
 def merge(
@@ -93,7 +97,7 @@ def merge(
     """
     chosen = registry.find(method)
     settings = chosen.validate(parameters or {})
-    problem = _Problem(modules, loras, samples)
+    problem = _Problem(modules, shares(loras, chosen, settings), samples)
     solve = _Solver(problem, chosen, settings)
     outcomes, passes = problem.uncontested(), 0
     if chosen.needs == "none":
@@ -107,7 +111,17 @@ def merge(
         outcomes |= found
     ordered = {name: outcomes[name] for name in problem.participants}
     lora = LoRA({name: outcome.adapter for name, outcome in ordered.items()})
-    return Merged(lora, chosen.name, settings, tuple(o.report for o in ordered.values()), passes)
+    size = samples.micro_batch if samples is not None and passes else None
+    return Merged(lora, chosen.name, settings, tuple(o.report for o in ordered.values()), passes, size)
+
+
+def contested(loras: Sequence[LoRA], method: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    """The layers that ``merge`` would have to find inputs of: none for a data-free method."""
+    chosen = registry.find(method)
+    settings = chosen.validate(parameters)
+    if chosen.needs == "none":
+        return frozenset()
+    return shares(loras, chosen, settings).contested
 
 
 def measure(
@@ -117,7 +131,7 @@ def measure(
 
     Weights are those of eq. 8, so that methods can be compared. Raises UserError as ``merge`` does.
     """
-    problem = _Problem(modules, loras, samples)
+    problem = _Problem(modules, Shares(loras), samples)
     sites = finish(_gathered(problem, merged, Progress("measuring", 0, 1)))
     return tuple(
         _measured(problem, name, site.of(problem.participants[name]), merged[name])
@@ -154,7 +168,7 @@ class _Problem:
     """What is given: the base layers, the LoRAs, the samples. Raises UserError when they do not fit."""
 
     modules: Mapping[str, nn.Module]
-    loras: Sequence[LoRA]
+    shares: Shares
     samples: Samples | None
 
     def __post_init__(self) -> None:
@@ -165,16 +179,20 @@ class _Problem:
         for n, lora in enumerate(self.loras):
             check_fit(lora, self.modules, f"LoRA {n + 1}")
 
-    @cached_property
-    def participants(self) -> dict[str, tuple[int, ...]]:
-        """Layer name -> the concepts whose LoRA touches it, in order of first appearance."""
-        names = dict.fromkeys(name for lora in self.loras for name in lora)
-        return {name: tuple(n for n, lora in enumerate(self.loras) if name in lora) for name in names}
+    @property
+    def loras(self) -> Sequence[LoRA]:
+        """What is to be merged."""
+        return self.shares.loras
 
-    @cached_property
+    @property
+    def participants(self) -> Mapping[str, tuple[int, ...]]:
+        """Layer name -> the concepts that take part in it."""
+        return self.shares.participants
+
+    @property
     def contested(self) -> frozenset[str]:
-        """The layers with more than one participant."""
-        return frozenset(name for name, who in self.participants.items() if len(who) > 1)
+        """The layers to solve."""
+        return self.shares.contested
 
     def given_samples(self) -> Samples:
         """The samples; ValueError when there are none."""
@@ -186,19 +204,28 @@ class _Problem:
         self, merged: Mapping[str, LowRank] | None, arrive: Callable[[str, MicroBatch], None] | None = None
     ) -> Capture:
         """A capture of the inputs of all contested layers."""
-        return Capture(self.modules, self.loras, self.contested, merged, arrive)
+        return Capture(
+            self.modules, self.loras, self.contested, merged, arrive, self.given_samples().positions
+        )
 
     def adapters(self, name: str) -> list[LowRank]:
         """The participants' adapters at a layer."""
-        return [self.loras[n][name] for n in self.participants[name]]
+        return self.shares.adapters(name)
 
     def uncontested(self) -> dict[str, _Outcome]:
-        """The layers with one participant, which keep its LoRA."""
+        """The layers with one participant, which keep its LoRA, and those not among the targets, which are averaged."""
         return {
-            name: _Outcome(self.loras[who[0]][name], LayerReport(name, who))
+            name: self._averaged(name, who) if len(who) > 1 else self._kept(name, who)
             for name, who in self.participants.items()
             if name not in self.contested
         }
+
+    def _kept(self, name: str, who: tuple[int, ...]) -> _Outcome:
+        return _Outcome(self.loras[who[0]][name], LayerReport(name, who))
+
+    def _averaged(self, name: str, who: tuple[int, ...]) -> _Outcome:
+        found = linear.solve(self.adapters(name))
+        return _Outcome(found.adapter, LayerReport(name, who, "linear", found.weights))
 
 
 class _Solver:
@@ -230,6 +257,7 @@ class _Solver:
         report = LayerReport(
             name,
             who,
+            self._method.name,
             solution.weights,
             dropped,
             condition=solution.condition,
@@ -344,4 +372,12 @@ def _measured(problem: _Problem, name: str, moments: Sequence[Moments], merged: 
     weights = tuple(adaptive_weight(a, m.own) for a, m in zip(adapters, moments, strict=True))
     value = residual(adapters, moments, weights, merged)
     parts = balance(adapters, moments, weights, merged)
-    return LayerReport(name, problem.participants[name], weights, {}, value, _discrepancy(moments), parts)
+    return LayerReport(
+        name,
+        problem.participants[name],
+        "measured",
+        weights,
+        residual=value,
+        discrepancy=_discrepancy(moments),
+        balance=parts,
+    )

@@ -39,11 +39,14 @@ class Samples:
     get the same samples twice (same noise, same timesteps). What a sample is, only ``feed`` knows. A sweep needs a
     part's whole way in one forward; otherwise ``feed`` may run the model several times, each with all rows.
     ``micro_batch``: at most so many samples go through the model at once, twice; None for a concept's all.
+    ``positions``: of a layer's inputs with more positions per sample, only so many are looked at, the same random ones
+    of X and X̃, of all samples and at each time; None for all.
     """
 
     rows: tuple[int, ...]
     feed: Callable[[Sequence[Part]], None]
     micro_batch: int | None = None
+    positions: int | None = None
 
     def batches(self) -> "list[MicroBatch]":
         """All samples, cut up; the cuts depend on nothing but ``rows`` and ``micro_batch``."""
@@ -119,9 +122,10 @@ class Capture:
         wanted: frozenset[str],
         merged: Mapping[str, LowRank] | None,
         arrive: Arrive | None = None,
+        positions: int | None = None,
     ) -> None:
         self._modules, self._loras, self._wanted = modules, loras, wanted
-        self._merged, self._arrive = merged, arrive
+        self._merged, self._arrive, self._positions = merged, arrive, positions
         self._here = local()  # each micro-batch may run in a thread of its own
         self.sites: dict[str, Site] = {}
 
@@ -165,13 +169,26 @@ class Capture:
         known = batch.site(x)
         site = self.sites.setdefault(name, known or Site(name))
         if known is None and site.first == name:
-            X_merged = None if self._merged is None else x[batch.size :]
-            site.add(batch, Moments.of(x[: batch.size], X_merged))
+            looked_at = _thinned(x, self._positions)
+            X_merged = None if self._merged is None else looked_at[batch.size :]
+            site.add(batch, Moments.of(looked_at[: batch.size], X_merged))
             batch.saw(x, site)
         elif known is not site:
             raise UserError(
                 f"The samples reach {name} by another way than those before; they cannot be merged together."
             )
+
+
+def _thinned(x: Tensor, most: int | None) -> Tensor:
+    """x (rows, …, in) as (rows, positions, in) with ``most`` positions, drawn once and for all for their number."""
+    if most is None or x.ndim < 3:
+        return x
+    flat = x.flatten(1, -2)
+    count = flat.shape[1]
+    if count <= most:
+        return flat
+    picks = torch.randperm(count, generator=torch.Generator().manual_seed(count))[:most].sort().values
+    return flat[:, picks.to(x.device)]
 
 
 def _add(output: Tensor, x: Tensor, adapter: LowRank | None) -> None:

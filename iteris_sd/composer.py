@@ -121,7 +121,10 @@ def merge(
     from iteris_sd import calibration, samples
 
     loras = weighted(recipe, picked)
-    fed = samples.for_merging(backbone, inputs) if inputs is not None else None
+    fed = None
+    if inputs is not None:
+        wanted = calibration.contested(loras, method.name, method.parameters)
+        fed = samples.for_merging(backbone, inputs, wanted, recipe.calibration.tokens_per_sample)
     work = calibration.merge(backbone.layers, loras, fed, method.name, method.parameters)
     with closing(work):
         while True:
@@ -144,12 +147,21 @@ def collect(
     from iteris_sd import samples
 
     inputs, total = [], recipe.calibration.samples
+    text_only = samples.text_only(_solved_for(recipe, picked))
     for one, lora in zip(picked, weighted(recipe, picked), strict=True):
         stage = f"Sampling inputs of {one.concept.title}"
         yield Progress(stage, 0, total)
-        work = samples.gather(backbone, one, lora, recipe)
+        work = samples.gather(backbone, one, lora, recipe, text_only=text_only)
         inputs.append((yield from _relayed(work, stage, total)))
     return inputs
+
+
+def _solved_for(recipe: Recipe, picked: Sequence[Loaded]) -> frozenset[str]:
+    """All layers that any of the recipe's methods needs inputs of."""
+    from iteris_sd import calibration
+
+    loras, methods = weighted(recipe, picked), [m for m in recipe.methods if m.name != BASE_COLUMN]
+    return frozenset().union(*(calibration.contested(loras, m.name, m.parameters) for m in methods))
 
 
 def needs_samples(methods: Sequence[MethodUse]) -> bool:

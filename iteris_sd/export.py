@@ -100,6 +100,7 @@ def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) ->
         "method": merged.method,
         "parameters": json.dumps(dict(merged.parameters)),
         "calibration": json.dumps(recipe.calibration.model_dump(mode="json")),
+        "micro_batch": json.dumps(merged.micro_batch),
         "sources": json.dumps(sources, ensure_ascii=False),
     }
 

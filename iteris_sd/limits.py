@@ -27,6 +27,7 @@ MAX_GUIDANCE = 20.0  # beyond it pictures burn out
 MAX_WEIGHT = 4.0  # a LoRA applied more strongly than this breaks the base model
 MAX_PROMPT_CHARS = 1000  # 77 tokens are read; a thousand characters hold several times as many
 MAX_SAMPLES = 256  # calibration samples per concept; the paper takes 50
+MIN_TOKENS_PER_SAMPLE = 77  # of a text all positions count, as in the paper
 MAX_TRAJECTORY_STEPS = 50  # denoising steps that calibration samples are taken from
 MAX_RECIPE_BYTES = 256 * 1024  # a recipe is a page of text
 

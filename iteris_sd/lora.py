@@ -14,6 +14,7 @@ A layer's name is ``<component>.<module path>``, components being ``unet`` and `
 ``text_encoder.encoder.layers.0.self_attn.q_proj`` (no ``text_model.``, whatever the file or the module says).
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -23,6 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from iteris_sd.errors import UserError
+
+TARGETS: Mapping[str, "re.Pattern[str]"] = MappingProxyType(
+    {
+        "all": re.compile(r".*"),
+        "text_encoder": re.compile(r"text_encoder\..*"),
+        "cross_attention": re.compile(r".*\.attn2\.to_[kv]"),
+        "text": re.compile(r"text_encoder\..*|.*\.attn2\.to_[kv]"),
+    }
+)  # parts of a model that can be meant; the last three see nothing but text
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +60,11 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """(out, in), the shape of ΔW."""
         return self.up.shape[0], self.down.shape[1]
+
+    @staticmethod
+    def nothing(like: "LowRank") -> "LowRank":
+        """ΔW = 0 of rank 0, in the shape and dtype of another adapter."""
+        return LowRank(like.down[:0], like.up[:, :0])
 
     def delta(self) -> Tensor:
         """ΔW itself, (out, in); for tests and tools, the merging never forms it."""

@@ -61,11 +61,25 @@ class Calibration(_Value):
     """Where data-driven methods get layer inputs from.
 
     `samples` prompts per concept, each with one latent from the concept's own trajectory of `steps` steps.
+    `unconditional`: as many samples more with the empty prompt, at the latents of the first ones, since guidance runs
+    the merged adapter on it too. `tokens_per_sample`: of a picture's places, only so many are looked at in each layer;
+    no less than a prompt has positions.
     """
 
     samples: Annotated[int, Field(ge=1, le=limits.MAX_SAMPLES)] = 50
     steps: Annotated[int, Field(ge=1, le=limits.MAX_TRAJECTORY_STEPS)] = 10
     seed: Annotated[int, Field(ge=0, le=limits.MAX_SEED)] = 0
+    unconditional: Annotated[int, Field(ge=0, le=limits.MAX_SAMPLES)] = 0
+    tokens_per_sample: Annotated[int, Field(ge=limits.MIN_TOKENS_PER_SAMPLE)] | None = None
+
+    @model_validator(mode="after")
+    def _enough_latents(self) -> Calibration:
+        if self.unconditional > self.samples:
+            raise UserError(
+                f"{self.unconditional} samples without a prompt need as many with one, found {self.samples}; raise "
+                "samples, or lower unconditional."
+            )
+        return self
 
 
 class Recipe(_Value):

@@ -6,7 +6,7 @@ timesteps stratified over the prompts. Base, single LoRA and merged model then a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 
@@ -17,7 +17,7 @@ from iteris_sd import calibration, rendering
 from iteris_sd.backbone import Backbone
 from iteris_sd.bases import Base
 from iteris_sd.concepts import Concept, Loaded
-from iteris_sd.lora import LoRA
+from iteris_sd.lora import TARGETS, LoRA
 from iteris_sd.recipe import Calibration, Recipe
 
 ALONE = ("a {}", "a photo of a {}", "a picture of a {}", "an illustration of a {}")
@@ -27,14 +27,25 @@ _BATCH = 10  # prompts per forward of a trajectory; fixed, since it decides the 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Calibration samples of one concept: `ids` (m, positions), `latents` (m, c, h, w), `times` (m,)."""
+    """Calibration samples of one concept: `ids` (m, positions), `latents` (m, c, h, w), `times` (m,).
+
+    Without latents and times they serve the layers that see nothing but text.
+    """
 
     ids: Tensor
-    latents: Tensor
-    times: Tensor
+    latents: Tensor | None = None
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def pictured(self) -> tuple[Tensor, Tensor]:
+        """Latents and times; ValueError when there are none."""
+        if self.latents is None or self.times is None:
+            raise ValueError(
+                "these samples have no latents: they were gathered for layers that see only text"
+            )
+        return self.latents, self.times
 
 
 def prompts(concept: Concept, base: Base, count: int) -> list[str]:
@@ -50,13 +61,19 @@ def prompts(concept: Concept, base: Base, count: int) -> list[str]:
     return list(islice(turns, count))
 
 
-def gather(backbone: Backbone, loaded: Loaded, lora: LoRA, recipe: Recipe) -> Generator[int, None, Inputs]:
+def gather(
+    backbone: Backbone, loaded: Loaded, lora: LoRA, recipe: Recipe, *, text_only: bool = False
+) -> Generator[int, None, Inputs]:
     """Samples of one concept under its own `lora`; yield at each denoising step how many are ready.
 
-    The backbone must know the concept's tokens already.
+    `text_only`: what sees nothing but text needs no latents, and thus no trajectories. The backbone must know the
+    concept's tokens already.
     """
     chosen = recipe.calibration
     texts = prompts(loaded.concept, backbone.base, chosen.samples)
+    ids = backbone.tokenise([*texts, *[""] * chosen.unconditional])
+    if text_only:
+        return Inputs(ids)
     generator = torch.Generator().manual_seed(chosen.seed)
     # The step each prompt is stopped at: all steps equally often, in random order.
     stops = torch.arange(chosen.samples).remainder(chosen.steps)[
@@ -72,7 +89,13 @@ def gather(backbone: Backbone, loaded: Loaded, lora: LoRA, recipe: Recipe) -> Ge
             latents.append(x)
             times.append(t)
             yield min(k + _BATCH, chosen.samples)
-    return Inputs(backbone.tokenise(texts), torch.cat(latents), torch.cat(times))
+    return Inputs(ids, _extended(latents, chosen.unconditional), _extended(times, chosen.unconditional))
+
+
+def _extended(parts: Sequence[Tensor], more: int) -> Tensor:
+    """All rows, and the first ones again for the samples without a prompt."""
+    rows = torch.cat(list(parts))
+    return torch.cat([rows, rows[:more]])
 
 
 @torch.no_grad()
@@ -101,17 +124,38 @@ def _stopped(
     return latents, sampler.timesteps.to(start.device)[stops]
 
 
-def for_merging(backbone: Backbone, inputs: Sequence[Inputs]) -> calibration.Samples:
-    """The samples as the calibration engine feeds them: text encoder, then U-Net, in micro-batches."""
+def for_merging(
+    backbone: Backbone, inputs: Sequence[Inputs], wanted: Collection[str], positions: int | None = None
+) -> calibration.Samples:
+    """The samples as the calibration engine feeds them: text encoder, then U-Net, in micro-batches.
+
+    Where all layers `wanted` see nothing but text, the states go to those of the U-Net directly. `positions`: as
+    `Samples` has it.
+    """
+    rows = tuple(len(i) for i in inputs)
+    if text_only(wanted):
+        layers = [m for name, m in backbone.layers.items() if name in wanted and name.startswith("unet.")]
+
+        def read(parts: Sequence[calibration.Part]) -> None:
+            states = backbone.states(torch.cat([inputs[n].ids[part] for n, part in parts]))
+            for layer in layers:
+                layer(states)
+
+        return calibration.Samples(rows, read, micro_batch(1), positions)
+    pictured = [i.pictured() for i in inputs]
 
     def feed(parts: Sequence[calibration.Part]) -> None:
-        chosen = [(inputs[n], part) for n, part in parts]
-        states = backbone.states(torch.cat([one.ids[part] for one, part in chosen]))
-        latents = torch.cat([one.latents[part] for one, part in chosen])
-        backbone.unet(latents, torch.cat([one.times[part] for one, part in chosen]), states)
+        states = backbone.states(torch.cat([inputs[n].ids[part] for n, part in parts]))
+        x, t = (torch.cat([pictured[n][which][part] for n, part in parts]) for which in (0, 1))
+        backbone.unet(x, t, states)
 
     _, height, width = backbone.latent_shape
-    return calibration.Samples(tuple(len(i) for i in inputs), feed, micro_batch(height * width))
+    return calibration.Samples(rows, feed, micro_batch(height * width), positions)
+
+
+def text_only(names: Collection[str]) -> bool:
+    """Whether all these layers see nothing but text."""
+    return all(TARGETS["text"].fullmatch(name) for name in names)
 
 
 def micro_batch(places: int) -> int:

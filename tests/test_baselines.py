@@ -34,6 +34,7 @@ class Case:
     method: str
     adapters: list[LowRank]
     X: list[Tensor]
+    base: Tensor
     parameters: dict[str, Any]
 
     @property
@@ -48,7 +49,9 @@ class Case:
         method = METHODS[self.method]
         if method.needs == "none":
             return method.solve(self.adapters, None, **self.parameters)
-        return method.solve(self.adapters, moments or [Moments.of(x) for x in self.X], **self.parameters)
+        base = {"base": self.base} if method.needs_base else {}
+        moments = moments or [Moments.of(x) for x in self.X]
+        return method.solve(self.adapters, moments, **base, **self.parameters)
 
     def picked(self, concepts: Sequence[int]) -> "Case":
         """The same with these concepts, and with their numbers where a parameter has one per concept."""
@@ -65,7 +68,8 @@ def case(method: str, ranks: Sequence[int], shape: tuple[int, int], seed: int, /
     rng = torch.Generator().manual_seed(seed)
     adapters = [random_adapter(*shape, rank, rng) for rank in ranks]
     X = [torch.randn(6, shape[1], generator=rng, dtype=torch.float64) for _ in ranks]
-    return Case(method, adapters, X, parameters)
+    base = torch.randn(*shape, generator=rng, dtype=torch.float64)
+    return Case(method, adapters, X, base, parameters)
 
 
 # Ranges that keep a random problem regular; the others are the registry's.
@@ -75,6 +79,7 @@ NARROWER = {
     "factor": (0.0, 0.8),
     "coefficients": (0.25, 4.0),
     "scale": (0.25, 4.0),
+    "steps": (1, 3),  # before L-BFGS has magnified the rounding
 }
 
 
@@ -300,7 +305,7 @@ def rotated(given: Case) -> Outcome:
     width = given.shape[1]
     Q = torch.linalg.qr(torch.randn(width, width, generator=rng, dtype=torch.float64)).Q
     adapters = [LowRank(a.down @ Q, a.up) for a in given.adapters]
-    other = replace(given, adapters=adapters, X=[x @ Q for x in given.X])
+    other = replace(given, adapters=adapters, X=[x @ Q for x in given.X], base=given.base @ Q)
     return other.solve().adapter.delta(), given.solve().adapter.delta() @ Q
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from iteris_sd import composer, scoring
+from iteris_sd import calibration, composer, samples, scoring
 from iteris_sd.backbone import Backbone
+from iteris_sd.calibration import Merged
 from iteris_sd.composer import Composition, MergeDone, Picture, Progress
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
@@ -51,6 +53,47 @@ def test_stopping_anywhere_leaves_no_trace(backbone: Backbone) -> None:
             next(work)
         work.close()
         assert toybook.trace(backbone) == before
+
+
+def changed(methods: list[dict], **calibration: int) -> Recipe:
+    data = RECIPE.model_dump()
+    return Recipe.of(data | {"methods": methods, "calibration": {**data["calibration"], **calibration}})
+
+
+def merged(recipe: Recipe) -> dict[str, Merged]:
+    return calibration.finish(composer.merge_all(recipe, Library.shipped()))[1]
+
+
+def test_what_sees_nothing_but_text_is_merged_without_pictures(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed([{"name": "iteris", "parameters": {"targets": "text"}}])
+    passes: list[int] = []
+    handle = backbone.unet.register_forward_pre_hook(lambda *_: passes.append(1))
+    quick = merged(recipe)["iteris"].lora
+    assert not passes
+    monkeypatch.setattr(samples, "text_only", lambda names: False)
+    slow = merged(recipe)["iteris"].lora
+    handle.remove()
+    assert passes
+    for name in quick:
+        torch.testing.assert_close(quick[name].delta(), slow[name].delta(), rtol=1e-3, atol=1e-6)
+
+
+def test_guidance_can_be_calibrated_for_too(backbone: Backbone) -> None:
+    plain, both = changed([{"name": "iteris"}]), changed([{"name": "iteris"}], unconditional=5)
+    loaded = Library.shipped().find("dog").load()
+    with backbone.prepared(loaded.tokens):
+        few = calibration.finish(samples.gather(backbone, loaded, loaded.lora, plain))
+        more = calibration.finish(samples.gather(backbone, loaded, loaded.lora, both))
+        empty = backbone.tokenise([""])
+    assert (len(few), len(more)) == (12, 17)
+    assert torch.equal(more.ids[:12], few.ids) and torch.equal(more.ids[12:], empty.expand(5, -1))
+    for part, whole in zip(few.pictured(), more.pictured(), strict=True):
+        assert torch.equal(whole[:12], part) and torch.equal(whole[12:], part[:5])
+    assert merged(both)["iteris"].micro_batch == 64
+    with pytest.raises(UserError, match="13 samples without a prompt need as many with one, found 12"):
+        changed([{"name": "iteris"}], unconditional=13)
 
 
 def test_what_is_missing_is_told_before_the_work(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

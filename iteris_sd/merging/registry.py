@@ -179,6 +179,57 @@ _RANK = Parameter(
     help="Rank that the result is cut to by SVD. Empty: the sum of the LoRAs' ranks.",
 )
 
+_FACTOR = Parameter(
+    name="factor",
+    type="float",
+    default=0.1,
+    low=0.0,
+    high=1.0,
+    help="Multiplies the off-diagonal entries of XᵀX; below 1 it keeps the system regular.",
+)
+_ALPHA = Parameter(
+    name="alpha",
+    type="float",
+    default=1e-4,
+    low=0.0,
+    high=1.0,
+    help="Regularisation (eq. 7): α times the moments' norm is added to their diagonals.",
+)
+_WEIGHTS = Parameter(
+    name="weights",
+    type="choice",
+    default="adaptive",
+    choices=("adaptive", "uniform"),
+    help="adaptive: λ = ‖ΔW‖²/‖XΔWᵀ‖² (eq. 8), so no concept outshouts others; uniform: 1.",
+)
+_COEFFICIENTS = Parameter(
+    name="coefficients",
+    type="floats",
+    default=None,
+    low=0.0,
+    high=limits.MAX_COEFFICIENT,
+    scope="concept",
+    help="One number per concept, multiplies its λ: how much the compromise favours it.",
+)
+_ITERATIONS = Parameter(
+    name="iterations",
+    type="int",
+    default=None,
+    low=0,
+    high=limits.MAX_ITERATIONS,
+    scope="run",
+    help="Empty: one sweep to the fixed point. k: Algorithm 1 as printed, k refinements.",
+)
+_TOLERANCE = Parameter(
+    name="tolerance",
+    type="float",
+    default=0.0,
+    low=0.0,
+    high=1.0,
+    scope="run",
+    help="Iterations end early once no layer's ΔW changes by more than this share; 0: never.",
+)
+
 _METHODS = (
     Method(
         name="linear",
@@ -359,16 +410,59 @@ _METHODS = (
         needs="own",
         module="iteris_sd.merging.regmean",
         invariances=INVARIANCES - {"basis"},
+        parameters=(_FACTOR,),
+    ),
+    Method(
+        name="regmean_pp",
+        title="RegMean++",
+        description="RegMean on the inputs that the merged model itself produces.",
+        paper="Nguyen et al., RegMean++: enhancing effectiveness and generalization of regression mean for model "
+        "merging, TMLR 2026, arXiv 2508.03121",
+        needs="merged",
+        module="iteris_sd.merging.regmean_pp",
+        invariances=INVARIANCES - {"basis"},
+        parameters=(_FACTOR, _ITERATIONS, _TOLERANCE),
+    ),
+    Method(
+        name="gradient_fusion",
+        title="Gradient fusion",
+        description="Descends RegMean's objective from the base model by L-BFGS and stops early.",
+        paper="Gu et al., Mix-of-Show: decentralized low-rank adaptation for multi-concept customization of diffusion "
+        "models, NeurIPS 2023, arXiv 2305.18292",
+        needs="own",
+        module="iteris_sd.merging.gradient_fusion",
+        invariances=INVARIANCES,
         parameters=(
             Parameter(
-                name="factor",
-                type="float",
-                default=0.1,
-                low=0.0,
-                high=1.0,
-                help="Multiplies the off-diagonal entries of XᵀX; below 1 it keeps the system regular.",
+                name="steps",
+                type="int",
+                default=50,
+                low=1,
+                high=1000,
+                help="Steps of L-BFGS; the paper takes 50 in the U-Net and 500 in the text encoder.",
             ),
         ),
+    ),
+    Method(
+        name="ssr",
+        title="SSR-Merge",
+        description="Matches each LoRA's outputs on its own inputs, within the space that the LoRAs' ranks span.",
+        paper="Wei et al., SSR-Merge: subspace signal routing for training-free LoRA merging in diffusion models, "
+        "2026, arXiv 2606.10617",
+        needs="own",
+        module="iteris_sd.merging.ssr",
+        invariances=INVARIANCES,
+        parameters=(_ALPHA,),
+    ),
+    Method(
+        name="rank_space",
+        title="IterIS in rank space",
+        description="IterIS within the space that the LoRAs' ranks span: a small system per layer.",
+        paper="This project; after arXiv 2411.15231 and arXiv 2606.10617",
+        needs="merged",
+        module="iteris_sd.merging.rank_space",
+        invariances=INVARIANCES,
+        parameters=(_ALPHA, _WEIGHTS, _COEFFICIENTS, _ITERATIONS, _TOLERANCE),
     ),
     Method(
         name="iteris",
@@ -380,14 +474,7 @@ _METHODS = (
         module="iteris_sd.merging.iteris",
         invariances=INVARIANCES,
         parameters=(
-            Parameter(
-                name="alpha",
-                type="float",
-                default=1e-4,
-                low=0.0,
-                high=1.0,
-                help="Regularisation (eq. 7): α times the moments' norm is added to their diagonals.",
-            ),
+            _ALPHA,
             Parameter(
                 name="alpha_merged",
                 type="float",
@@ -396,13 +483,7 @@ _METHODS = (
                 high=1.0,
                 help="α of the left side X̃ᵀX̃ alone, as the authors' code allows; empty: the same.",
             ),
-            Parameter(
-                name="weights",
-                type="choice",
-                default="adaptive",
-                choices=("adaptive", "uniform"),
-                help="adaptive: λ = ‖ΔW‖²/‖XΔWᵀ‖² (eq. 8), so no concept outshouts others; uniform: 1.",
-            ),
+            _WEIGHTS,
             Parameter(
                 name="adaptive_on",
                 type="choice",
@@ -419,32 +500,37 @@ _METHODS = (
                 help="ρ: X̃ is replaced by (1−ρ)X̃ + ρX, as the authors' code can; 1 forgets the merged model.",
             ),
             Parameter(
-                name="coefficients",
-                type="floats",
-                default=None,
-                low=0.0,
-                high=limits.MAX_COEFFICIENT,
-                scope="concept",
-                help="One number per concept, multiplies its λ: how much the compromise favours it.",
+                name="objective",
+                type="choice",
+                default="adapter",
+                choices=("adapter", "full"),
+                help="What is matched: what ΔW adds to a layer's output (the paper), or the whole output, which also "
+                "mends the drift of W0's part and is cut to a rank.",
+            ),
+            replace(
+                _RANK, help="With objective full, the rank it is cut to. Empty: the sum of the LoRAs' ranks."
+            ),
+            _COEFFICIENTS,
+            Parameter(
+                name="absent",
+                type="choice",
+                default="skip",
+                choices=("skip", "zero"),
+                scope="run",
+                help="A LoRA that does not touch a layer: skip, it takes no part there; zero, its samples speak for "
+                "leaving the layer as it is.",
             ),
             Parameter(
-                name="iterations",
-                type="int",
-                default=None,
-                low=0,
-                high=limits.MAX_ITERATIONS,
+                name="targets",
+                type="choice",
+                default="all",
+                choices=("all", "text", "text_encoder", "cross_attention"),
                 scope="run",
-                help="Empty: one sweep to the fixed point. k: Algorithm 1 as printed, k refinements.",
+                help="Layers that are merged this way: all; what sees text only (the text encoder and the "
+                "cross-attention's K and V); or one of these two. The others are averaged.",
             ),
-            Parameter(
-                name="tolerance",
-                type="float",
-                default=0.0,
-                low=0.0,
-                high=1.0,
-                scope="run",
-                help="Iterations end early once no layer's ΔW changes by more than this share; 0: never.",
-            ),
+            _ITERATIONS,
+            _TOLERANCE,
         ),
         needs_base=True,
     ),

@@ -3,9 +3,11 @@
 *Sweep* (the default of methods that need X̃): a layer's X̃ depends only on layers upstream. So each micro-batch runs
 until its inputs reach a layer that is not solved yet, and pauses there; when those of all have arrived, the layer is
 solved, and their merged rows leave it through the solution: the fixed point of Algorithm 1 (arXiv 2411.15231) in one
-forward of every sample. What lives meanwhile is one layer's moments and each micro-batch's activations at the place
-where it waits. Pausing needs no knowledge of a model's blocks, and computes nothing twice; storing the inputs of
-blocks instead would need both. *Iterations*: Algorithm 1 as printed; a first solve with X̃ = X, then k times a
+forward of every sample. What lives meanwhile is each micro-batch's activations at the place where it waits, and the
+moments of those inputs that still live. Pausing needs no knowledge of a model's blocks, and computes nothing twice;
+storing the inputs of blocks instead would need both.
+
+*Iterations*: Algorithm 1 as printed; a first solve with X̃ = X, then k times a
 forward with the last result and a solve of all layers, micro-batch after micro-batch.
 """
 
@@ -44,17 +46,20 @@ class LayerReport:
     """How one layer was merged.
 
     ``participants``: concepts whose LoRA touches it, or whose samples speak for leaving it alone. ``method``: how it
-    was merged; "kept" where only one LoRA touches it. ``weights``: the λ of each participant. ``dropped``:
-    participants left out, with the reason. ``residual``: Σλ‖XΔWₙᵀ − X̃ΔWᵀ‖² / Σλ‖XΔWₙᵀ‖². ``discrepancy``:
-    ‖X̃ − X‖ / ‖X‖ (the paper's Fig. 3a). ``balance``: λₙ‖XₙΔWₙᵀ − X̃ₙΔWᵀ‖² of each participant (Fig. 3c).
-    ``condition``: an estimate of the condition number of the system solved. ``change``: ‖ΔW − ΔW before‖ / ‖ΔW‖ in
-    the last iteration. ``truncation``: ‖ΔW − ΔW_k‖ / ‖ΔW‖ where the method's own ΔW was cut to a rank k. What was not
-    measured is None, or empty.
+    was merged; "kept" where only one LoRA touches it. ``site``: the first of the layers that are fed by the same tensor
+    and thus share moments; ``rows``: how many inputs these were made of, over all participants. ``weights``: the λ of
+    each participant. ``dropped``: participants left out, with the reason. ``residual``: Σλ‖XΔWₙᵀ − X̃ΔWᵀ‖² /
+    Σλ‖XΔWₙᵀ‖². ``discrepancy``: ‖X̃ − X‖ / ‖X‖ (the paper's Fig. 3a). ``balance``: λₙ‖XₙΔWₙᵀ − X̃ₙΔWᵀ‖² of each
+    participant (Fig. 3c). ``condition``: an estimate of the condition number of the system solved. ``change``:
+    ‖ΔW − ΔW before‖ / ‖ΔW‖ in the last iteration. ``truncation``: ‖ΔW − ΔW_k‖ / ‖ΔW‖ where the method's own ΔW was cut
+    to a rank k. What was not measured is None, or empty.
     """
 
     name: str
     participants: tuple[int, ...]
     method: str = "kept"
+    site: str | None = None
+    rows: int = 0
     weights: tuple[float, ...] = ()
     dropped: Mapping[int, str] = field(default_factory=dict)
     residual: float | None = None
@@ -225,11 +230,11 @@ class _Problem:
 
     def _averaged(self, name: str, who: tuple[int, ...]) -> _Outcome:
         found = linear.solve(self.adapters(name))
-        return _Outcome(found.adapter, LayerReport(name, who, "linear", found.weights))
+        return _Outcome(found.adapter, LayerReport(name, who, "linear", weights=found.weights))
 
 
 class _Solver:
-    """A method bound to a problem and its settings: (layer name, moments) -> outcome."""
+    """A method bound to a problem and its settings: (layer name, site of its inputs) -> outcome."""
 
     def __init__(self, problem: _Problem, method: registry.Method, settings: Mapping[str, Any]) -> None:
         self._problem, self._method = problem, method
@@ -241,8 +246,9 @@ class _Solver:
                     f"{name} needs one number per concept, {len(problem.loras)}, not {len(values)}."
                 )
 
-    def __call__(self, name: str, moments: Sequence[Moments] | None) -> _Outcome:
+    def __call__(self, name: str, site: Site | None) -> _Outcome:
         adapters, who = self._problem.adapters(name), self._problem.participants[name]
+        moments = None if site is None else site.of(who)
         concept = {key: v if v is None else tuple(v[n] for n in who) for key, v in self._concept.items()}
         base = (
             {"base": self._problem.modules[name].get_parameter("weight").detach()}
@@ -258,14 +264,16 @@ class _Solver:
             name,
             who,
             self._method.name,
-            solution.weights,
-            dropped,
+            weights=solution.weights,
+            dropped=dropped,
             condition=solution.condition,
             truncation=solution.truncation,
         )
-        if moments is not None:
+        if site is not None and moments is not None:
             report = replace(
                 report,
+                site=site.first,
+                rows=sum(m.count for m in moments),
                 residual=residual(adapters, moments, solution.weights, solution.adapter),
                 discrepancy=_discrepancy(moments),
                 balance=balance(adapters, moments, solution.weights, solution.adapter),
@@ -290,7 +298,7 @@ def _sweep(problem: _Problem, solve: _Solver) -> Generator[Progress, None, dict[
         visited.add((name, batch))
         site = capture.sites[name]
         if name not in outcomes and len(site.seen) == len(batches):
-            outcomes[name] = solve(name, site.of(problem.participants[name]))
+            outcomes[name] = solve(name, site)
             merged[name] = outcomes[name].adapter
         while name not in outcomes:
             work[batch].pause()
@@ -327,7 +335,7 @@ def _iterate(
     for k in range(iterations + 1):
         progress = Progress(f"refinement {k} of {iterations}" if k else "first solve", k, iterations + 1)
         sites = yield from _gathered(problem, merged if k else None, progress)
-        solved = {name: solve(name, sites[name].of(problem.participants[name])) for name in sites}
+        solved = {name: solve(name, site) for name, site in sites.items()}
         if k:
             solved = {name: outcome.after(outcomes[name]) for name, outcome in solved.items()}
         outcomes = solved
@@ -339,7 +347,7 @@ def _iterate(
 
 def _gathered(
     problem: _Problem, merged: Mapping[str, LowRank] | None, progress: Progress
-) -> Generator[Progress, None, dict[str, Site]]:
+) -> Generator[Progress, None, Mapping[str, Site]]:
     """The site of every contested layer, all samples in it; X̃ = X where ``merged`` is None."""
     capture, samples = problem.capture(merged), problem.given_samples()
     yield progress
@@ -376,7 +384,7 @@ def _measured(problem: _Problem, name: str, moments: Sequence[Moments], merged: 
         name,
         problem.participants[name],
         "measured",
-        weights,
+        weights=weights,
         residual=value,
         discrepancy=_discrepancy(moments),
         balance=parts,

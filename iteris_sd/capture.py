@@ -13,11 +13,12 @@ A *site* is where layers are fed by the same tensor (q, k and v; all cross-atten
 set of moments.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import local
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ class Samples:
 
     ``rows[n]``: how many there are of concept n. ``feed(parts)`` runs the model on parts of them, concatenated along
     dim 0 in that order; a part is a concept and a slice of its samples. The same part may occur twice, and must then
-    get the same samples twice (same noise, same timesteps). What a sample is, only ``feed`` knows. A sweep needs a
+    get the same samples twice (same noise, same timesteps). What a sample is, only ``feed`` knows. It may return the
+    inputs of layers that nothing follows, by name: they are looked at, and no outputs are made of them. A sweep needs a
     part's whole way in one forward; otherwise ``feed`` may run the model several times, each with all rows.
     ``micro_batch``: at most so many samples go through the model at once, twice; None for a concept's all.
     ``positions``: of a layer's inputs with more positions per sample, only so many are looked at, the same random ones
@@ -44,7 +46,7 @@ class Samples:
     """
 
     rows: tuple[int, ...]
-    feed: Callable[[Sequence[Part]], None]
+    feed: Callable[[Sequence[Part]], Mapping[str, Tensor] | None]
     micro_batch: int | None = None
     positions: int | None = None
 
@@ -127,14 +129,17 @@ class Capture:
         self._modules, self._loras, self._wanted = modules, loras, wanted
         self._merged, self._arrive, self._positions = merged, arrive, positions
         self._here = local()  # each micro-batch may run in a thread of its own
-        self.sites: dict[str, Site] = {}
+        # While layers are solved as their inputs arrive, a site lives as long as the tensors it is made of.
+        self.sites: MutableMapping[str, Site] = {} if arrive is None else WeakValueDictionary()
 
     def run(self, samples: Samples, batch: MicroBatch) -> None:
         """Run a micro-batch through the model."""
         self._here.batch = batch
         part = (batch.concept, batch.part)
         with torch.no_grad():
-            samples.feed([part] if self._merged is None else [part, part])
+            unread = samples.feed([part] if self._merged is None else [part, part])
+            for name, x in (unread or {}).items():
+                self._meet(name, x, batch)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -150,7 +155,15 @@ class Capture:
     def _hook(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         batch: MicroBatch = self._here.batch
         x, size = args[0], batch.size
-        rows = size if self._merged is None else 2 * size
+        self._meet(name, x, batch)
+        _add(output[:size], x[:size], self._loras[batch.concept].get(name))
+        if self._merged is not None:
+            _add(output[size:], x[size:], self._merged.get(name))
+        return output
+
+    def _meet(self, name: str, x: Tensor, batch: MicroBatch) -> None:
+        """Inputs have come to a layer."""
+        rows = batch.size if self._merged is None else 2 * batch.size
         if len(x) != rows:
             raise UserError(
                 f"{name} was given {len(x)} rows where the samples have {rows}; it cannot be merged."
@@ -159,15 +172,12 @@ class Capture:
             self._take(name, x, batch)
             if self._arrive is not None:
                 self._arrive(name, batch)
-        _add(output[:size], x[:size], self._loras[batch.concept].get(name))
-        if self._merged is not None:
-            _add(output[size:], x[size:], self._merged.get(name))
-        return output
 
     def _take(self, name: str, x: Tensor, batch: MicroBatch) -> None:
         """Add the inputs of a layer to its site, unless another layer brought them already."""
         known = batch.site(x)
-        site = self.sites.setdefault(name, known or Site(name))
+        site = self.sites.get(name) or known or Site(name)
+        self.sites[name] = site
         if known is None and site.first == name:
             looked_at = _thinned(x, self._positions)
             X_merged = None if self._merged is None else looked_at[batch.size :]

@@ -160,6 +160,34 @@ def merge(
             typer.echo(f"Written: {file}")
 
 
+bench = typer.Typer(help="Speed and memory against other ways of doing the same.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="merge")
+def bench_merge(
+    scope: Annotated[
+        str, typer.Option(help="text: text encoder and cross-attention K/V; everything: the U-Net, too.")
+    ] = "text",
+    samples: Samples = None,
+    rank: Annotated[int, typer.Option(help="Rank of each of the two LoRAs.", min=1)] = 32,
+    alpha: Annotated[float, typer.Option(help="Regularisation of all ways.", min=0.0, max=1.0)] = 1e-4,
+    as_json: AsJson = False,
+) -> None:
+    """Merge random LoRAs in Stable Diffusion v1.5's shapes by IterIS, here and as its authors' code does it."""
+    with _answering():
+        from iteris_sd.benchmarks import merging
+
+        result = merging.run(merging.on_this_machine(scope, samples, rank), alpha)
+        if as_json:
+            _print_json(merging.described(result))
+            return
+        table = Table("What", "Measured")
+        for name, value in merging.lines(result):
+            table.add_row(name, value)
+        Console().print(table)
+
+
 @app.command(name="app")
 def page(
     host: Annotated[str | None, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = None,

@@ -6,7 +6,7 @@ timesteps stratified over the prompts. Base, single LoRA and merged model then a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 
@@ -129,17 +129,16 @@ def for_merging(
 ) -> calibration.Samples:
     """The samples as the calibration engine feeds them: text encoder, then U-Net, in micro-batches.
 
-    Where all layers `wanted` see nothing but text, the states go to those of the U-Net directly. `positions`: as
+    Where all layers `wanted` see nothing but text, the U-Net does not run: its K and V get the states. `positions`: as
     `Samples` has it.
     """
     rows = tuple(len(i) for i in inputs)
     if text_only(wanted):
-        layers = [m for name, m in backbone.layers.items() if name in wanted and name.startswith("unet.")]
+        readers = [name for name in backbone.layers if name in wanted and name.startswith("unet.")]
 
-        def read(parts: Sequence[calibration.Part]) -> None:
+        def read(parts: Sequence[calibration.Part]) -> Mapping[str, Tensor]:
             states = backbone.states(torch.cat([inputs[n].ids[part] for n, part in parts]))
-            for layer in layers:
-                layer(states)
+            return dict.fromkeys(readers, states)
 
         return calibration.Samples(rows, read, micro_batch(1), positions)
     pictured = [i.pictured() for i in inputs]

@@ -1,0 +1,1 @@
+"""Speed and memory against other ways of doing the same; run by hand, never by a test that asserts a time."""

@@ -1,0 +1,70 @@
+"""The benchmarks measure what they say: the ways compared agree, and memory is counted. No time is asserted."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from typer.testing import CliRunner
+
+from iteris_sd.benchmarks import authors, measuring, merging, problems
+from iteris_sd.benchmarks.problems import KV_WIDTHS, Size
+from iteris_sd.cli import app
+
+TINY = Size(samples=6, rank=2, layers=2, width=32, positions=9, kv_widths=(24, 40), latents=8)
+
+
+def test_the_shapes_are_stable_diffusions() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    widths = [m.out_features for name, m in unet.named_modules() if name.endswith("attn2.to_k")]
+    assert sorted(widths) == sorted(KV_WIDTHS) and 12 * 4 + 2 * len(KV_WIDTHS) == 80
+    problem = problems.build(TINY)
+    assert [n for n in problem.modules if n.startswith("unet.")] == [
+        f"unet.blocks.{k}.attn2.{kind}" for k in range(2) for kind in ("to_k", "to_v")
+    ]
+    per_layer = 4 * 32 * 32 + 2 * 32 * 128
+    assert problem.macs == 2 * per_layer * 9
+
+
+def test_all_ways_lead_to_the_same_merge() -> None:
+    result = merging.run(TINY, alpha=1e-3, sweeps=2, memory=False)
+    assert result.iterations == 5 and len(result.authors_solves) == 6 and len(result.sweep) == 2
+    assert set(result.differences) == {"sweep", "iterations=20"}
+    assert max(result.differences.values()) < 1e-4
+    early = next(authors.solves(problems.build(TINY), 1e-3))
+    converged = merging._merged(problems.build(TINY), 1e-3).lora
+    assert merging._difference(converged, early) > 1e-3
+    assert result.floor > 0 and result.condition > 1
+    told = dict(merging.lines(result))
+    assert told["problem"] == "text: 12 layers, 2 LoRAs of rank 2, 6 samples each, α = 0.001"
+    assert json.loads(json.dumps(merging.described(result)))["size"]["width"] == 32
+
+
+def test_time_is_extrapolated_only_where_it_is_said() -> None:
+    result = merging.run(TINY, sweeps=1, memory=False)
+    short = replace(result, authors_solves=(1.0, 2.0), extrapolated=True)
+    assert short.authors_seconds(20) == 1.0 + 20 * 2.0
+    assert "later ones taken to be like the last" in dict(merging.lines(short))["authors' way, 20 iterations"]
+    assert "later ones" not in dict(merging.lines(result))["authors' way, converged (5)"]
+
+
+def hold(size: int, _: None) -> None:
+    torch.ones(size, dtype=torch.uint8).clone()
+
+
+def nothing() -> None:
+    return None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the GPU's memory where there is one")
+def test_peak_memory_is_that_of_the_work_alone() -> None:
+    few, many = (measuring.peak_bytes(nothing, partial(hold, size)) for size in (1, 200_000_000))
+    assert 380_000_000 < many - few < 420_000_000
+
+
+def test_the_command_refuses_a_scope_that_there_is_not() -> None:
+    result = CliRunner().invoke(app, ["bench", "merge", "--scope", "half"])
+    assert result.exit_code == 2 and "There is no scope 'half'; choose text or everything." in result.output

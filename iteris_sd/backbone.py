@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from iteris_sd import bases
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LoRA, LowRank, check_fit
+from iteris_sd.layers import applied, check_fit
+from iteris_sd.lora import LoRA, LowRank
 
 _TEXT_LAYOUT = "text_model."  # older transformers put this before every module name
 
@@ -25,8 +26,8 @@ _TEXT_LAYOUT = "text_model."  # older transformers put this before every module 
 class Backbone:
     """A diffusers pipeline seen from the road: prompts to states, adapters in and out, never copied.
 
-    `layers`: canonical layer name -> the bare linear layer. The pipeline's own weights are never written to:
-    adapters work through hooks, learned tokens through an embedding table that is put in and taken out.
+    `layers`: canonical layer name -> the bare linear or convolutional layer. The pipeline's own weights are never
+    written to: adapters work through hooks, learned tokens through an embedding table that is put in and taken out.
     """
 
     def __init__(self, base: bases.Base, pipeline: StableDiffusionPipeline) -> None:
@@ -133,7 +134,7 @@ class Backbone:
 
 def _adding(adapter: LowRank):  # type: ignore[no-untyped-def]  # a torch hook
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + adapter.apply(args[0])
+        return output + applied(module, adapter, args[0])
 
     return hook
 

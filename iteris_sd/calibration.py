@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from iteris_sd import layers
 from iteris_sd.capture import Capture, MicroBatch, Part, Samples, Site
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LoRA, LowRank, check_fit, inner, working_dtype
+from iteris_sd.lora import LoRA, LowRank, inner, working_dtype
 from iteris_sd.merging import linear, registry
 from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, adaptive_weight, balance, residual
@@ -91,9 +92,9 @@ def merge(
 ) -> Generator[Progress, None, Merged]:
     """Merge ``loras`` into one by ``method``; yield progress before each pass, return the result.
 
-    ``modules``: layer name -> the bare ``nn.Linear`` of the base model, in eval mode and with no LoRA in it;
-    every layer that a LoRA touches must be there. ``samples`` may be None for data-free methods. A layer
-    with one participant keeps its LoRA. Factors come back in the LoRAs' dtype, float32 at least.
+    ``modules``: layer name -> the bare linear or convolutional layer of the base model, in eval mode and with no LoRA
+    in it; every layer that a LoRA touches must be there. ``samples`` may be None for data-free methods. A layer with
+    one participant keeps its LoRA. Factors come back in the LoRAs' dtype, float32 at least.
 
     Between two yields runs no more than one micro-batch's way from one layer to the next.
 
@@ -115,7 +116,8 @@ def merge(
             found, passes = yield from _iterate(problem, solve, iterations, settings.get("tolerance", 0.0))
         outcomes |= found
     ordered = {name: outcomes[name] for name in problem.participants}
-    lora = LoRA({name: outcome.adapter for name, outcome in ordered.items()})
+    kernels = {name: kernel for lora in loras for name, kernel in lora.kernels.items()}
+    lora = LoRA({name: outcome.adapter for name, outcome in ordered.items()}, kernels)
     size = samples.micro_batch if samples is not None and passes else None
     return Merged(lora, chosen.name, settings, tuple(o.report for o in ordered.values()), passes, size)
 
@@ -182,7 +184,7 @@ class _Problem:
         if self.samples is not None and len(self.samples.rows) != len(self.loras):
             raise ValueError(f"{len(self.loras)} LoRAs need as many sample counts, got {self.samples.rows}")
         for n, lora in enumerate(self.loras):
-            check_fit(lora, self.modules, f"LoRA {n + 1}")
+            layers.check_fit(lora, self.modules, f"LoRA {n + 1}")
 
     @property
     def loras(self) -> Sequence[LoRA]:
@@ -250,11 +252,7 @@ class _Solver:
         adapters, who = self._problem.adapters(name), self._problem.participants[name]
         moments = None if site is None else site.of(who)
         concept = {key: v if v is None else tuple(v[n] for n in who) for key, v in self._concept.items()}
-        base = (
-            {"base": self._problem.modules[name].get_parameter("weight").detach()}
-            if self._method.needs_base
-            else {}
-        )
+        base = {"base": layers.weight(self._problem.modules[name])} if self._method.needs_base else {}
         try:
             solution: Solution = self._method.solve(adapters, moments, **base, **self._layer, **concept)
         except UserError as error:

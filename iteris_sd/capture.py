@@ -9,8 +9,8 @@ the merged adapter. So X and X̃ reach a layer in the same call, paired row by r
 | X_n    | (m, in) | inputs reaching a layer in base + LoRA n, on concept n's samples       |
 | X̃_n    | (m, in) | inputs reaching it in the merged model, on the same samples            |
 
-A *site* is where layers are fed by the same tensor (q, k and v; all cross-attention K/V of a U-Net): they share one
-set of moments.
+Inputs of a convolution are patches, as many per sample as its output has places. A *site* is where layers are fed by
+the same tensor (q, k and v; all cross-attention K/V of a U-Net) and look at it alike: they share one set of moments.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from iteris_sd import layers
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LowRank
 from iteris_sd.merging.moments import Moments
@@ -72,14 +73,14 @@ class MicroBatch:
         """How many samples."""
         return int(self.part.stop - self.part.start)
 
-    def site(self, x: Tensor) -> "Site | None":
-        """The site that the living tensor ``x`` has been seen at."""
-        found: Site | None = self._sites.get(x, {}).get(_version(x))
+    def site(self, x: Tensor, layer: nn.Module) -> "Site | None":
+        """The site at which the living tensor ``x`` has been seen by a layer that looks at it as this one does."""
+        found: Site | None = self._sites.get(x, {}).get((_version(x), layers.geometry(layer)))
         return found
 
-    def saw(self, x: Tensor, site: "Site") -> None:
+    def saw(self, x: Tensor, layer: nn.Module, site: "Site") -> None:
         """Remember that ``x`` belongs to ``site`` for as long as it lives."""
-        self._sites.setdefault(x, {})[_version(x)] = site
+        self._sites.setdefault(x, {})[_version(x), layers.geometry(layer)] = site
 
 
 def _version(x: Tensor) -> int:
@@ -156,9 +157,9 @@ class Capture:
         batch: MicroBatch = self._here.batch
         x, size = args[0], batch.size
         self._meet(name, x, batch)
-        _add(output[:size], x[:size], self._loras[batch.concept].get(name))
+        _add(module, output[:size], x[:size], self._loras[batch.concept].get(name))
         if self._merged is not None:
-            _add(output[size:], x[size:], self._merged.get(name))
+            _add(module, output[size:], x[size:], self._merged.get(name))
         return output
 
     def _meet(self, name: str, x: Tensor, batch: MicroBatch) -> None:
@@ -175,14 +176,15 @@ class Capture:
 
     def _take(self, name: str, x: Tensor, batch: MicroBatch) -> None:
         """Add the inputs of a layer to its site, unless another layer brought them already."""
-        known = batch.site(x)
+        layer = self._modules[name]
+        known = batch.site(x, layer)
         site = self.sites.get(name) or known or Site(name)
         self.sites[name] = site
         if known is None and site.first == name:
-            looked_at = _thinned(x, self._positions)
+            looked_at = _thinned(layers.rows(layer, x), self._positions)
             X_merged = None if self._merged is None else looked_at[batch.size :]
             site.add(batch, Moments.of(looked_at[: batch.size], X_merged))
-            batch.saw(x, site)
+            batch.saw(x, layer, site)
         elif known is not site:
             raise UserError(
                 f"The samples reach {name} by another way than those before; they cannot be merged together."
@@ -201,7 +203,7 @@ def _thinned(x: Tensor, most: int | None) -> Tensor:
     return flat[:, picks.to(x.device)]
 
 
-def _add(output: Tensor, x: Tensor, adapter: LowRank | None) -> None:
+def _add(layer: nn.Module, output: Tensor, x: Tensor, adapter: LowRank | None) -> None:
     """Add what an adapter makes of ``x`` to some rows of a layer's output."""
     if adapter is not None:
-        output += adapter.to(x.device, x.dtype).apply(x)
+        output += layers.applied(layer, adapter, x)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image
 
 from iteris_sd.concepts import Library, Loaded, check_together
-from iteris_sd.lora import LoRA, check_fit
+from iteris_sd.layers import check_fit
+from iteris_sd.lora import LoRA
 from iteris_sd.recipe import BASE_COLUMN, MethodUse, Recipe, fill
 
 if TYPE_CHECKING:

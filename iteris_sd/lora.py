@@ -16,14 +16,12 @@ A layer's name is ``<component>.<module path>``, components being ``unet`` and `
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
-
-from iteris_sd.errors import UserError
+from torch import Tensor
 
 TARGETS: Mapping[str, "re.Pattern[str]"] = MappingProxyType(
     {
@@ -111,12 +109,19 @@ def inner(a: LowRank, b: LowRank, M: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LoRA(Mapping[str, LowRank]):
-    """One adapter per layer, a read-only mapping from layer name to LowRank."""
+    """One adapter per layer, a read-only mapping from layer name to LowRank.
+
+    ``kernels``: (height, width) of the kernel where the layer is a convolution; its ``down`` is then (r, channels,
+    height, width), flattened. Those of layers that are not there are forgotten.
+    """
 
     layers: Mapping[str, LowRank]
+    kernels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+        kernels = {name: kernel for name, kernel in self.kernels.items() if name in self.layers}
+        object.__setattr__(self, "kernels", MappingProxyType(kernels))
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]
@@ -129,37 +134,21 @@ class LoRA(Mapping[str, LowRank]):
 
     def scaled(self, c: float) -> "LoRA":
         """c·ΔW in every layer: a concept's *weight*."""
-        return LoRA({name: adapter.scaled(c) for name, adapter in self.items()})
+        return LoRA({name: adapter.scaled(c) for name, adapter in self.items()}, self.kernels)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LoRA":
         """The same LoRA on another device or in another dtype."""
-        return LoRA({name: adapter.to(device, dtype) for name, adapter in self.items()})
+        return LoRA({name: adapter.to(device, dtype) for name, adapter in self.items()}, self.kernels)
 
     def parts(self) -> dict[str, "LoRA"]:
         """The LoRA split by component: {"unet": …, "text_encoder": …}, names unchanged."""
         components = dict.fromkeys(name.partition(".")[0] for name in self)
-        return {c: LoRA({n: a for n, a in self.items() if n.partition(".")[0] == c}) for c in components}
+        return {
+            c: LoRA({n: a for n, a in self.items() if n.partition(".")[0] == c}, self.kernels)
+            for c in components
+        }
 
 
 def working_dtype(adapters: Sequence[LowRank]) -> torch.dtype:
     """The dtype a result made from these adapters is kept in: theirs, and float32 at least."""
     return reduce(torch.promote_types, (t.dtype for a in adapters for t in (a.down, a.up)), torch.float32)
-
-
-def check_fit(lora: LoRA, layers: Mapping[str, nn.Module], whose: str) -> None:
-    """Raise UserError when a LoRA touches a layer that is not there, not linear, or of another shape."""
-    for name, adapter in lora.items():
-        layer = layers.get(name)
-        if layer is None:
-            raise UserError(
-                f"{whose} touches {name}, which this model does not have; it is for another model."
-            )
-        if not isinstance(layer, nn.Linear):
-            raise UserError(
-                f"{whose} touches {name}, a {type(layer).__name__}; only linear layers are supported."
-            )
-        if adapter.shape != tuple(layer.weight.shape):
-            raise UserError(
-                f"{whose} does not fit {name}: it is {adapter.shape[0]} × {adapter.shape[1]} and the layer "
-                f"{layer.out_features} × {layer.in_features}; it is for another model."
-            )

@@ -59,19 +59,31 @@ def patched(model: nn.Module, deltas: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model with each ΔW added to its layer's weight."""
     copy = deepcopy(model)
     for name, dW in deltas.items():
-        copy.get_parameter(f"{name}.weight").data += dW
+        weight = copy.get_parameter(f"{name}.weight").data
+        weight += dW.view_as(weight)
     return copy
 
 
 def layer_inputs(model: nn.Module, run: Run, batch: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """The inputs (rows, in) that reach each layer when the model runs on the batch."""
+    """The inputs (rows, in) that reach each layer when the model runs on the batch; of a convolution, its patches."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: seen.__setitem__(name, args[0].flatten(0, -2))
+        return lambda module, args: seen.__setitem__(name, as_rows(module, args[0]))
 
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(record(name))
     with torch.no_grad():
         run(model, batch)
     return seen
+
+
+def as_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Inputs of a layer as rows (rows, in): patches cut out one by one where it is a convolution."""
+    if not isinstance(module, nn.Conv2d):
+        return x.flatten(0, -2)
+    assert not isinstance(module.padding, str)
+    (kh, kw), (sh, sw), (ph, pw) = module.kernel_size, module.stride, module.padding
+    x = nn.functional.pad(x, (pw, pw, ph, ph))
+    places = [(i, j) for i in range(0, x.shape[2] - kh + 1, sh) for j in range(0, x.shape[3] - kw + 1, sw)]
+    return torch.stack([x[:, :, i : i + kh, j : j + kw].flatten(1) for i, j in places], 1).flatten(0, 1)

@@ -13,7 +13,8 @@ from iteris_sd import bases
 from iteris_sd.backbone import Backbone
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
-from iteris_sd.lora import LoRA, LowRank, check_fit
+from iteris_sd.layers import check_fit
+from iteris_sd.lora import LoRA, LowRank
 from tests import toybook
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -116,7 +117,8 @@ def test_two_tokens_at_once(backbone: Backbone, dog) -> None:
     [
         (LAYER, (8, 5), f"does not fit {LAYER}: it is 8 × 5 and the layer 8 × {toybook.WIDTH}"),
         ("unet.no.such.layer", (8, 8), r"touches unet\.no\.such\.layer, which this model does not have"),
-        ("unet.conv_in", (8, 4), r"touches unet\.conv_in, a Conv2d; only linear layers"),
+        ("unet.conv_in", (8, 4), r"does not fit unet\.conv_in: it is 8 × 4 and the layer 8 × 36"),
+        ("unet.conv_in", (8, 36), r"is for a kernel of \(1, 1\) and the layer has \(3, 3\)"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(

@@ -449,8 +449,15 @@ def test_loras_must_fit_the_model(toy: Toy) -> None:
         run(toy, [loras[0], misfit], batches)
     with pytest.raises(UserError, match="LoRA 2 touches unet.nowhere, which this model does not have"):
         run(toy, [loras[0], LoRA({"unet.nowhere": loras[1][name]})], batches)
-    with pytest.raises(UserError, match="only linear layers"):
-        finish(merge({**toy.modules, name: torch.nn.Conv2d(1, 1, 1)}, loras, toy.samples(batches), "iteris"))
+    with pytest.raises(UserError, match="only linear layers and plain convolutions"):
+        finish(
+            merge(
+                {**toy.modules, name: torch.nn.Conv2d(2, 2, 1, groups=2)},
+                loras,
+                toy.samples(batches),
+                "iteris",
+            )
+        )
     with pytest.raises(UserError, match="nothing to merge"):
         run(toy, [], [])
 

@@ -56,7 +56,7 @@ class Toy:
         rng = torch.Generator().manual_seed(seed)
         layers = {}
         for path in self.paths if paths is None else paths:
-            out, width = self.model.get_parameter(f"{path}.weight").shape
+            out, width = self.model.get_parameter(f"{path}.weight").flatten(1).shape
             layers[f"{self.component}.{path}"] = random_adapter(out, width, rank, rng)
         return LoRA(layers)
 
@@ -83,7 +83,7 @@ def text_encoder(layers: int = 2) -> Toy:
         bos_token_id=38,
         eos_token_id=39,
     )
-    model = _randomised(CLIPTextModel(config))
+    model = randomised(CLIPTextModel(config))
     stem = "" if hasattr(model, "encoder") else "text_model."
     heads = (
         "self_attn.q_proj",
@@ -105,7 +105,7 @@ def attention_stack() -> Toy:
     def draw(m: int, rng: torch.Generator) -> Batch:
         return tuple(torch.randn(m, *s, generator=rng, dtype=torch.float64) for s in ((6, 16), (5, 12)))
 
-    return Toy("unet", _randomised(AttentionStack()), paths, draw)
+    return Toy("unet", randomised(AttentionStack()), paths, draw)
 
 
 def problem(toy: Toy, ranks: Sequence[int], seed: int = 0) -> tuple[list[LoRA], list[Batch]]:
@@ -130,7 +130,7 @@ def worst(found: LoRA, wanted: Any) -> float:
     )
 
 
-def _randomised(model: nn.Module) -> nn.Module:
+def randomised(model: nn.Module) -> nn.Module:
     """Fresh weights of unit gain, in float64: library initialisations are too small to show mistakes."""
     rng = torch.Generator().manual_seed(7)
     model = model.double().eval()

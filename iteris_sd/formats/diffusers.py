@@ -50,8 +50,11 @@ def name_tensors(lora: LoRA) -> dict[str, Any]:
     for name, adapter in lora.items():
         component, _, path = name.partition(".")
         stem = f"text_encoder.text_model.{path}" if component == "text_encoder" else name
-        tensors[f"{stem}.lora_A.weight"] = adapter.down
-        tensors[f"{stem}.lora_B.weight"] = adapter.up
+        down, up = adapter.down, adapter.up
+        if name in lora.kernels:
+            down, up = down.unflatten(1, (-1, *lora.kernels[name])), up[:, :, None, None]
+        tensors[f"{stem}.lora_A.weight"] = down
+        tensors[f"{stem}.lora_B.weight"] = up
     return tensors
 
 

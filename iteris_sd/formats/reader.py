@@ -1,5 +1,6 @@
 """Read LoRA and embedding files: header first, then the dialect, then the tensors; faults are UserErrors."""
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,16 +86,17 @@ def _dialect(header: Header) -> Dialect:
 
 def _check_shapes(name: str, pair: Pair, entries: Mapping[str, Entry]) -> None:
     down, up = entries[pair.down].shape, entries[pair.up].shape
-    if len(down) != 2 or len(up) != 2:
+    if not (len(down) == len(up) == 2 or (len(down) == len(up) == 4 and up[2:] == (1, 1))):
         raise UserError(
-            f"the factors of {name} have shapes {down} and {up}; only LoRA on linear layers is read."
+            f"the factors of {name} have shapes {down} and {up}; only LoRA on linear layers and convolutions is read."
         )
     if down[0] != up[1]:
         raise UserError(f"the factors of {name} do not fit each other: down is {down} and up is {up}.")
     if not 1 <= down[0] <= limits.MAX_RANK:
         raise UserError(f"{name} has rank {down[0]}; from 1 to {limits.MAX_RANK} are read.")
-    if not 1 <= min(down[1], up[0]) <= max(down[1], up[0]) <= limits.MAX_WIDTH:
-        raise UserError(f"{name} is {up[0]} × {down[1]}; widths from 1 to {limits.MAX_WIDTH:,} are read.")
+    width = math.prod(down[1:])
+    if not 1 <= min(width, up[0]) <= max(width, up[0]) <= limits.MAX_WIDTH:
+        raise UserError(f"{name} is {up[0]} × {width}; widths from 1 to {limits.MAX_WIDTH:,} are read.")
     if pair.alpha_key and entries[pair.alpha_key].shape not in ((), (1,)):
         raise UserError(
             f"{pair.alpha_key!r} should be one number, its shape is {entries[pair.alpha_key].shape}."
@@ -114,12 +116,14 @@ def _check_token(token: str, entry: Entry) -> None:
 def _load(path: Path, header: Header, dialect: str, layout: Layout) -> LoraFile:
     with safe_open(path, framework="pt") as file:
         layers = {name: _adapter(file, pair) for name, pair in layout.layers.items()}
+        shapes = {name: header.entries[pair.down].shape for name, pair in layout.layers.items()}
         tokens = {token: torch.atleast_2d(_tensor(file, key)) for token, key in layout.tokens.items()}
-    return LoraFile(LoRA(layers), tokens, header.metadata, dialect)
+    kernels = {name: (shape[2], shape[3]) for name, shape in shapes.items() if len(shape) == 4}
+    return LoraFile(LoRA(layers, kernels), tokens, header.metadata, dialect)
 
 
 def _adapter(file: safe_open, pair: Pair) -> LowRank:
-    adapter = LowRank(_tensor(file, pair.down), _tensor(file, pair.up))
+    adapter = LowRank(_tensor(file, pair.down).flatten(1), _tensor(file, pair.up).flatten(1))
     alpha = _tensor(file, pair.alpha_key).item() if pair.alpha_key else pair.alpha
     if alpha is None:
         return adapter

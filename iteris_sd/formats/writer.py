@@ -35,7 +35,7 @@ def write_embedding(path: str | Path, token: str, vectors: Tensor, dtype: torch.
 def _even(lora: LoRA) -> LoRA:
     """The same LoRA with one rank per component."""
     ranks = {component: max(a.rank for a in part.values()) for component, part in lora.parts().items()}
-    return LoRA({name: a.padded(ranks[name.partition(".")[0]]) for name, a in lora.items()})
+    return LoRA({name: a.padded(ranks[name.partition(".")[0]]) for name, a in lora.items()}, lora.kernels)
 
 
 def _save(

@@ -65,7 +65,7 @@ def _check_fits(concept: concepts.Concept, base: str) -> None:
     lora = concept.load().lora  # read before the base model is loaded: a broken file is told of at once
     jobs.load(base)
     from iteris_sd import backbone
-    from iteris_sd.lora import check_fit
+    from iteris_sd.layers import check_fit
 
     check_fit(lora, backbone.load(base).layers, f"The LoRA {concept.lora.name}")
 

@@ -140,10 +140,7 @@ def measure(
     """
     problem = _Problem(modules, Shares(loras), samples)
     sites = finish(_gathered(problem, merged, Progress("measuring", 0, 1)))
-    return tuple(
-        _measured(problem, name, site.of(problem.participants[name]), merged[name])
-        for name, site in sites.items()
-    )
+    return tuple(_measured(problem, name, site, merged[name]) for name, site in sites.items())
 
 
 def finish(work: Generator[Any, None, T]) -> T:
@@ -373,8 +370,8 @@ def _discrepancy(moments: Sequence[Moments]) -> float | None:
     return (sum(m.distance() for m in moments) / size) ** 0.5 if size > 0 else None
 
 
-def _measured(problem: _Problem, name: str, moments: Sequence[Moments], merged: LowRank) -> LayerReport:
-    adapters = problem.adapters(name)
+def _measured(problem: _Problem, name: str, site: Site, merged: LowRank) -> LayerReport:
+    adapters, moments = problem.adapters(name), site.of(problem.participants[name])
     weights = tuple(adaptive_weight(a, m.own) for a, m in zip(adapters, moments, strict=True))
     value = residual(adapters, moments, weights, merged)
     parts = balance(adapters, moments, weights, merged)
@@ -382,6 +379,8 @@ def _measured(problem: _Problem, name: str, moments: Sequence[Moments], merged: 
         name,
         problem.participants[name],
         "measured",
+        site.first,
+        sum(m.count for m in moments),
         weights=weights,
         residual=value,
         discrepancy=_discrepancy(moments),

@@ -140,6 +140,16 @@ def merge(
     base: BaseModel = None,
     weights: Weights = None,
     samples: Samples = None,
+    unconditional: Annotated[
+        int | None,
+        typer.Option(help="Samples more per concept with the empty prompt, which guidance runs, too."),
+    ] = None,
+    tokens_per_sample: Annotated[
+        int | None, typer.Option(help="Of each picture's places, look at so many only; all unless given.")
+    ] = None,
+    diagnostics: Annotated[
+        Path | None, typer.Option(help="A folder for layers.csv and figures: how well each layer was merged.")
+    ] = None,
     parameters: Parameters = None,
 ) -> None:
     """Merge concepts into one LoRA file that diffusers, A1111 and ComfyUI load."""
@@ -147,15 +157,23 @@ def merge(
         registry.find(method)
         words = {"prompt": "a picture"}  # a recipe has a prompt, which the merge does not depend on
         asked = _recipe(None, names, [method], base, weights, samples, parameters, words)
+        seen = {"unconditional": unconditional, "tokens_per_sample": tokens_per_sample}
+        given = {name: value for name, value in seen.items() if value is not None}
+        data = asked.model_dump()
+        asked = Recipe.of({**data, "calibration": {**data["calibration"], **given}})
         from iteris_sd import export
 
         export.check_lora_path(output)
+        if diagnostics is not None:
+            export.check_folder(diagnostics)
         library = _library(asked)
         from iteris_sd import composer
 
-        picked, merged = _watched(composer.merge_all(asked, library))
+        picked, merged = _watched(composer.merge_all(asked, library, measured=diagnostics is not None))
         metadata = export.lora_metadata(asked, picked, merged[method])
         files = export.write_lora(merged[method].lora, composer.all_tokens(picked), output, metadata)
+        if diagnostics is not None:
+            files += export.write_diagnostics(merged[method], asked, diagnostics)
         for file in files:
             typer.echo(f"Written: {file}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +19,7 @@ from iteris_sd.concepts import Library, Loaded, check_together
 from iteris_sd.layers import check_fit
 from iteris_sd.lora import LoRA
 from iteris_sd.recipe import BASE_COLUMN, MethodUse, Recipe, fill
+from iteris_sd.sharing import Shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,14 +142,28 @@ def weighted(recipe: Recipe, picked: Sequence[Loaded]) -> list[LoRA]:
     return [one.lora.scaled(use.weight) for one, use in zip(picked, recipe.concepts, strict=True)]
 
 
+def _measured(
+    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded], merged: Merged, inputs: Sequence[Inputs]
+) -> Merged:
+    """The merge with what one pass tells of it."""
+    from iteris_sd import calibration, diagnostics, samples
+
+    loras = weighted(recipe, picked)
+    fed = samples.for_merging(backbone, inputs, Shares(loras).contested, recipe.calibration.tokens_per_sample)
+    return diagnostics.with_measures(merged, calibration.measure(backbone.layers, loras, merged.lora, fed))
+
+
 def collect(
-    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded]
+    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded], wanted: Collection[str]
 ) -> Generator[Progress, None, list[Inputs]]:
-    """Calibration samples of every concept; yield progress, return them. Tokens must be known already."""
+    """Calibration samples of every concept for the layers `wanted`; yield progress, return them.
+
+    Tokens must be known already.
+    """
     from iteris_sd import samples
 
     inputs, total = [], recipe.calibration.samples
-    text_only = samples.text_only(_solved_for(recipe, picked))
+    text_only = samples.text_only(wanted)
     for one, lora in zip(picked, weighted(recipe, picked), strict=True):
         stage = f"Sampling inputs of {one.concept.title}"
         yield Progress(stage, 0, total)
@@ -157,19 +172,14 @@ def collect(
     return inputs
 
 
-def _solved_for(recipe: Recipe, picked: Sequence[Loaded]) -> frozenset[str]:
-    """All layers that any of the recipe's methods needs inputs of."""
+def _solved_for(recipe: Recipe, picked: Sequence[Loaded], measured: bool) -> frozenset[str]:
+    """All layers that inputs are needed of: by any of the recipe's methods, or all that can be `measured`."""
     from iteris_sd import calibration
 
     loras, methods = weighted(recipe, picked), [m for m in recipe.methods if m.name != BASE_COLUMN]
+    if measured:
+        return Shares(loras).contested
     return frozenset().union(*(calibration.contested(loras, m.name, m.parameters) for m in methods))
-
-
-def needs_samples(methods: Sequence[MethodUse]) -> bool:
-    """Whether any of the methods looks at layer inputs."""
-    from iteris_sd.merging import registry
-
-    return any(m.name != BASE_COLUMN and registry.find(m.name).needs != "none" for m in methods)
 
 
 def title(method: str) -> str:
@@ -180,12 +190,15 @@ def title(method: str) -> str:
 
 
 def merge_all(
-    recipe: Recipe, library: Library
+    recipe: Recipe, library: Library, *, measured: bool = False
 ) -> Generator[Event, None, tuple[list[Loaded], dict[str, Merged]]]:
-    """Load concepts, collect samples and merge by every method of the recipe; no pictures."""
+    """Load concepts, collect samples and merge by every method of the recipe; no pictures.
+
+    `measured`: of every merge, whatever its method, also measure how well it serves the concepts, by one pass more.
+    """
     picked, backbone = yield from _begun(recipe, library)
     with backbone.prepared(all_tokens(picked)):
-        return picked, (yield from _merged_by_all(backbone, recipe, picked))
+        return picked, (yield from _merged_by_all(backbone, recipe, picked, measured))
 
 
 def _begun(recipe: Recipe, library: Library) -> Generator[Progress, None, tuple[list[Loaded], Backbone]]:
@@ -201,15 +214,20 @@ def _begun(recipe: Recipe, library: Library) -> Generator[Progress, None, tuple[
 
 
 def _merged_by_all(
-    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded]
+    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded], measured: bool = False
 ) -> Generator[Event, None, dict[str, Merged]]:
-    inputs = (yield from collect(backbone, recipe, picked)) if needs_samples(recipe.methods) else None
+    wanted = _solved_for(recipe, picked, measured)
+    inputs = (yield from collect(backbone, recipe, picked, wanted)) if wanted else None
     results: dict[str, Merged] = {}
     for method in recipe.methods:
         if method.name == BASE_COLUMN:
             continue
         since = time.perf_counter()
-        results[method.name] = yield from merge(backbone, recipe, picked, method, inputs)
+        merged = yield from merge(backbone, recipe, picked, method, inputs)
+        if measured and inputs is not None:
+            yield Progress(f"Measuring {title(method.name)}", 0, 1)
+            merged = _measured(backbone, recipe, picked, merged, inputs)
+        results[method.name] = merged
         yield MergeDone(method.name, results[method.name], time.perf_counter() - since)
     return results
 

@@ -40,6 +40,7 @@ __all__ = [
     "picture_png",
     "scores",
     "write",
+    "write_diagnostics",
     "write_lora",
 ]
 
@@ -81,6 +82,15 @@ def write_lora(
         for name, (token, vectors) in zip(names[1:], tokens.items(), strict=True):
             formats.write_embedding(draft / name, token, vectors)
     return [path.parent / name for name in names]
+
+
+def write_diagnostics(merged: Merged, recipe: Recipe, folder: Path) -> list[Path]:
+    """Write the table and figures of `diagnostics` into `folder`: all of them, or nothing. Raises UserError."""
+    from iteris_sd import diagnostics
+
+    with _assembled(folder) as draft:
+        names = [file.name for file in diagnostics.write(merged, [c.name for c in recipe.concepts], draft)]
+    return [folder / name for name in names]
 
 
 def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The terminal: what it prints, what it writes, and that bad input costs one sentence and nothing else."""
 
+import csv
 import json
 import os
 import shutil
@@ -253,3 +254,32 @@ def test_quick_answers_do_not_wait_for_torch(words: list[str]) -> None:
         "sys.exit('torch' in sys.modules or 'gradio' in sys.modules)"
     )
     assert python("-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("method", ["linear", "iteris"])
+def test_diagnostics_are_alike_for_all_methods(place: Path, method: str) -> None:
+    told = done(
+        "merge", "dog", "barn", "--method", method, "--samples", "6", "--unconditional", "2",
+        "--output", "pair.safetensors", "--diagnostics", "told",
+    )  # fmt: skip
+    names = ["layers.csv", "residual.png", "discrepancy.png", "balance.png"]
+    assert sorted(f.name for f in (place / "told").iterdir()) == sorted(names)
+    assert all(f"Written: told/{name}" in told for name in names)
+    with (place / "told" / "layers.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {method}
+    assert {row["concepts"] for row in rows} == {"dog + barn"}
+    for row in rows:
+        assert float(row["residual"]) > 0 and float(row["discrepancy"]) >= 0 and int(row["rows"]) > 0
+        assert float(row["miss dog"]) > 0 and float(row["lambda barn"]) > 0
+        assert bool(row["condition"]) == (method == "iteris")
+        assert row["site"] in {other["layer"] for other in rows}
+    with Image.open(place / "told" / "residual.png") as figure:
+        assert figure.width > 600
+
+
+def test_diagnostics_that_cannot_be_written_are_refused_before_the_work(place: Path) -> None:
+    (place / "told").write_text("")
+    result = run("merge", "dog", "barn", "--output", "pair.safetensors", "--diagnostics", "told")
+    assert result.exit_code == 2 and "is a file; choose a folder" in result.output
+    assert not (place / "pair.safetensors").exists()

@@ -186,7 +186,7 @@ def retrieval(
 
 
 def told_apart(things: Tensor, classes: int) -> list[float]:
-    """Of each class, the chance that two views of one thing are nearer than views of two, (things, VIEWS, d).
+    """Of each class, the chance that two views of one thing are nearer than views of two, (things, views, d).
 
     This is the area under the ROC curve; thing k is of class k modulo `classes`.
     """
@@ -291,17 +291,27 @@ class Unseen:
         return Measured(
             retrieval(module, tokenizer, pictures, self.full),
             retrieval(module, tokenizer, pictures, self.usual),
-            told_apart(things.unflatten(0, self.things.shape[:2]), len(world.CLASSES)),
+            *self._told_apart(things.unflatten(0, self.things.shape[:2])),
         )
+
+    def _told_apart(self, things: Tensor) -> tuple[list[float], list[float]]:
+        """From the views where each thing is alone, and from all."""
+        classes = len(world.CLASSES)
+        return told_apart(things[:, : VIEWS // 2], classes), told_apart(things, classes)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Whether each caption found its picture, by full and by usual captions; and the AUC of each class."""
+    """Whether each caption found its picture, by full and by usual captions; and the AUC of each class.
+
+    `areas` are of pictures of one thing. Those `in_company` count pictures with a second thing, too: what an embedding
+    of a whole picture says of them is as much about the other thing.
+    """
 
     full: list[bool]
     usual: list[bool]
     areas: list[float]
+    in_company: list[float]
 
     def rows(self) -> list[tuple[str, int, str]]:
         """Name, n and value of each figure."""
@@ -309,6 +319,11 @@ class Measured:
             (f"retrieval of 1 of {CHOICES}, full captions", len(self.full), f"{np.mean(self.full):.4f}"),
             (f"retrieval of 1 of {CHOICES}, any caption", len(self.usual), f"{np.mean(self.usual):.4f}"),
             ("AUC of unseen individuals, mean of classes", len(self.areas), f"{np.mean(self.areas):.4f}"),
+            (
+                "the same, a second thing in half the pictures",
+                len(self.areas),
+                f"{np.mean(self.in_company):.4f}",
+            ),
         ]
 
 

@@ -24,6 +24,7 @@ from iteris_sd.recipe import BASE_COLUMN, Recipe, Sampler
 
 if TYPE_CHECKING:
     from iteris_sd.composer import Composition, Event
+    from iteris_sd.inspecting import Description, Overlap
     from iteris_sd.scoring import Row
 
 T = TypeVar("T")
@@ -176,6 +177,30 @@ def merge(
             files += export.write_diagnostics(merged[method], asked, diagnostics)
         for file in files:
             typer.echo(f"Written: {file}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A LoRA file.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second one: how much the two meet in the layers both touch.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a LoRA touches, how strongly, and how much it overlaps with a second one."""
+    with _answering():
+        from iteris_sd import formats, inspecting
+
+        found = inspecting.describe(file)
+        met = None
+        if other is not None:
+            met = inspecting.overlap(formats.read(file).lora, formats.read(other).lora)
+        if as_json:
+            _print_json({**asdict(found), "overlap": None if met is None else asdict(met)})
+            return
+        _print_description(found)
+        if other is not None:
+            _print_overlap(str(file), str(other), met)
 
 
 bench = typer.Typer(help="Speed and memory against other ways of doing the same.", no_args_is_help=True)
@@ -346,6 +371,34 @@ def _print_scores(made: Composition) -> None:
         table.add_row(composer.title(use.name), str(own["text"].n), *cells)
     Console().print(table)
     typer.echo(f"Means ± 95 % intervals over seeds; text and image alignment by {made.scorer}.")
+
+
+def _print_description(found: Description) -> None:
+    table = Table("File", escape(found.file))
+    table.add_row("Format", found.format)
+    table.add_row("Base family", found.family)
+    for component, part in found.parts.items():
+        ranks = ", ".join(map(str, part.ranks))
+        table.add_row(component, f"{part.layers} layers, rank {ranks}")
+    tokens = [f"{token} ({count} vectors)" if count > 1 else token for token, count in found.tokens.items()]
+    table.add_row("Tokens in it", escape(", ".join(tokens)) or "none")
+    for block, norm in found.blocks.items():
+        table.add_row(f"‖ΔW‖ {block}", f"{norm:.4g}")
+    Console().print(table)
+
+
+def _print_overlap(one: str, other: str, met: Overlap | None) -> None:
+    if met is None:
+        typer.echo(
+            f"{one} and {other} touch no layer of one shape together; they cannot get into each other's way."
+        )
+        return
+    table = Table(f"Overlap in {met.layers} layers", "Mean", title=escape(f"{one} and {other}"))
+    table.add_row("of the inputs they read (0 to 1)", f"{met.inputs:.3f}, by chance {met.chance:.3f}")
+    table.add_row("of the outputs they write (0 to 1)", f"{met.outputs:.3f}")
+    table.add_row("largest cosine of a principal angle", f"{met.nearest:.3f}")
+    table.add_row("cosine of the weight changes", f"{met.cosine:+.3f}")
+    Console().print(table)
 
 
 def _with_interval(row: Row) -> str:

@@ -51,21 +51,24 @@ def reference(
     out=st.integers(1, 9),
     width=st.integers(1, 9),
     terms=st.lists(
-        st.tuples(st.integers(1, 4), st.integers(1, 14), st.floats(0.1, 10)), min_size=1, max_size=4
+        st.tuples(st.integers(1, 4), st.integers(1, 14), st.floats(0.1, 10)), min_size=1, max_size=6
     ),
     log_alpha=st.floats(-5, 0),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
-def test_the_low_rank_solve_is_the_dense_closed_form(out, width, terms, log_alpha, seed) -> None:
+def test_the_low_rank_solve_is_the_dense_closed_form(out, width, terms, log_alpha, dtype, seed) -> None:
+    """Whatever dtype adapters and features come in, nothing is lost beyond what that dtype lost before."""
     rng = torch.Generator().manual_seed(seed)
-    adapters = [random_adapter(out, width, rank, rng) for rank, _, _ in terms]
-    X = [torch.randn(m, width, generator=rng, dtype=torch.float64) for _, m, _ in terms]
-    X_merged = [x + 0.3 * torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in X]
+    adapters = [random_adapter(out, width, rank, rng).to(dtype=dtype) for rank, _, _ in terms]
+    X = [torch.randn(m, width, generator=rng, dtype=torch.float64).to(dtype) for _, m, _ in terms]
+    X_merged = [x + 0.3 * torch.randn(x.shape, generator=rng, dtype=torch.float64).to(dtype) for x in X]
     coefficients = [c for _, _, c in terms]
     moments = [Moments.of(x, y) for x, y in zip(X, X_merged, strict=True)]
     alpha = 10**log_alpha
     found = iteris.solve(adapters, moments, alpha=alpha, coefficients=coefficients)
-    wanted = closed_form(X, X_merged, [a.delta() for a in adapters], alpha, coefficients)
+    deltas = [a.to(dtype=torch.float64).delta() for a in adapters]
+    wanted = closed_form([x.double() for x in X], [y.double() for y in X_merged], deltas, alpha, coefficients)
     assert found.adapter.rank == sum(rank for rank, _, _ in terms)
     assert distance(found.adapter.delta(), wanted) < EXACT
     assert not found.dropped
@@ -145,6 +148,19 @@ def test_uniform_weights_without_regularisation_are_regmean_with_factor_one() ->
     moments = [Moments.of(torch.randn(20, 8, generator=rng, dtype=torch.float64)) for _ in adapters]
     left = iteris.solve(adapters, moments, alpha=0.0, weights="uniform").adapter
     assert distance(left.delta(), regmean.solve(adapters, moments, factor=1.0).adapter.delta()) < 1e-10
+
+
+def test_on_whitened_inputs_both_are_the_linear_average() -> None:
+    rng = torch.Generator().manual_seed(3)
+    adapters = [random_adapter(5, 8, rank, rng) for rank in (1, 3, 2)]
+    whitened = [torch.linalg.qr(torch.randn(20, 8, generator=rng, dtype=torch.float64)).Q for _ in adapters]
+    moments = [Moments.of(x) for x in whitened]
+    wanted = linear.solve(adapters).adapter.delta()
+    for found in (
+        iteris.solve(adapters, moments, alpha=0.0, weights="uniform"),
+        regmean.solve(adapters, moments, factor=1.0),
+    ):
+        assert distance(found.adapter.delta(), wanted) < 1e-12
 
 
 def test_moments_add_up_over_batches() -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from iteris_sd import layers
+from iteris_sd import layers, limits
 from iteris_sd.capture import Capture, MicroBatch, Part, Samples, Site
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank, inner, working_dtype
@@ -27,6 +27,7 @@ from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, adaptive_weight, balance, residual
 from iteris_sd.pausing import Pausable
 from iteris_sd.sharing import Shares, shares
+from iteris_sd.spilling import Frontier
 
 __all__ = ["LayerReport", "Merged", "Part", "Progress", "Samples", "finish", "measure", "merge"]
 
@@ -73,7 +74,10 @@ class LayerReport:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The merged LoRA, how each layer came about, how often the model ran, and on how many samples at once."""
+    """The merged LoRA, how each layer came about, how often the model ran, and on how many samples at once.
+
+    ``frontier``: the most bytes that the waiting micro-batches of a sweep held, those on disk included.
+    """
 
     lora: LoRA
     method: str
@@ -81,6 +85,7 @@ class Merged:
     reports: tuple[LayerReport, ...]
     passes: int
     micro_batch: int | None = None
+    frontier: int = 0
 
 
 def merge(
@@ -105,13 +110,13 @@ def merge(
     settings = chosen.validate(parameters or {})
     problem = _Problem(modules, shares(loras, chosen, settings), samples)
     solve = _Solver(problem, chosen, settings)
-    outcomes, passes = problem.uncontested(), 0
+    outcomes, passes, frontier = problem.uncontested(), 0, Frontier(limits.MAX_FRONTIER_BYTES)
     if chosen.needs == "none":
         outcomes |= {name: solve(name, None) for name in problem.contested}
     elif problem.contested:
         iterations = 0 if chosen.needs == "own" else settings.get("iterations")
         if iterations is None:
-            found, passes = (yield from _sweep(problem, solve)), 1
+            found, passes = (yield from _sweep(problem, solve, frontier)), 1
         else:
             found, passes = yield from _iterate(problem, solve, iterations, settings.get("tolerance", 0.0))
         outcomes |= found
@@ -119,7 +124,8 @@ def merge(
     kernels = {name: kernel for lora in loras for name, kernel in lora.kernels.items()}
     lora = LoRA({name: outcome.adapter for name, outcome in ordered.items()}, kernels)
     size = samples.micro_batch if samples is not None and passes else None
-    return Merged(lora, chosen.name, settings, tuple(o.report for o in ordered.values()), passes, size)
+    reports = tuple(outcome.report for outcome in ordered.values())
+    return Merged(lora, chosen.name, settings, reports, passes, size, frontier.peak)
 
 
 def contested(loras: Sequence[LoRA], method: str, parameters: Mapping[str, Any]) -> frozenset[str]:
@@ -205,11 +211,20 @@ class _Problem:
         return self.samples
 
     def capture(
-        self, merged: Mapping[str, LowRank] | None, arrive: Callable[[str, MicroBatch], None] | None = None
+        self,
+        merged: Mapping[str, LowRank] | None,
+        arrive: Callable[[str, MicroBatch], None] | None = None,
+        frontier: Frontier | None = None,
     ) -> Capture:
         """A capture of the inputs of all contested layers."""
         return Capture(
-            self.modules, self.loras, self.contested, merged, arrive, self.given_samples().positions
+            self.modules,
+            self.loras,
+            self.contested,
+            merged,
+            arrive,
+            self.given_samples().positions,
+            frontier,
         )
 
     def adapters(self, name: str) -> list[LowRank]:
@@ -277,7 +292,9 @@ class _Solver:
         return _Outcome(merged, report)
 
 
-def _sweep(problem: _Problem, solve: _Solver) -> Generator[Progress, None, dict[str, _Outcome]]:
+def _sweep(
+    problem: _Problem, solve: _Solver, frontier: Frontier
+) -> Generator[Progress, None, dict[str, _Outcome]]:
     """Solve every layer as its inputs arrive: the fixed point of Algorithm 1 in one forward of every sample."""
     outcomes: dict[str, _Outcome] = {}
     merged = {name: outcome.adapter for name, outcome in problem.uncontested().items()}
@@ -296,9 +313,10 @@ def _sweep(problem: _Problem, solve: _Solver) -> Generator[Progress, None, dict[
             outcomes[name] = solve(name, site)
             merged[name] = outcomes[name].adapter
         while name not in outcomes:
+            frontier.paused(batch)
             work[batch].pause()
 
-    capture = problem.capture(merged, arrive)
+    capture = problem.capture(merged, arrive, frontier)
     work = {batch: Pausable(partial(capture.run, samples, batch)) for batch in batches}
     total = len(problem.contested)
     try:
@@ -314,6 +332,7 @@ def _sweep(problem: _Problem, solve: _Solver) -> Generator[Progress, None, dict[
     finally:
         for one in work.values():
             one.close()
+        frontier.close()
     _require_all(problem, outcomes)
     return outcomes
 

@@ -14,7 +14,7 @@ the same tensor (q, k and v; all cross-attention K/V of a U-Net) and look at it 
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from threading import local
@@ -28,6 +28,7 @@ from iteris_sd import layers
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LowRank
 from iteris_sd.merging.moments import Moments
+from iteris_sd.spilling import Frontier
 
 Part = tuple[int, slice]
 
@@ -115,7 +116,7 @@ class Capture:
 
     ``merged``: the merged adapters known so far; None while there are none and X̃ = X. ``arrive(name, batch)`` is
     called for every layer of ``wanted`` when its inputs have been added to its site and before its output is made, and
-    may thus still change ``merged[name]``.
+    may thus still change ``merged[name]``. ``frontier`` watches what the micro-batches hold.
     """
 
     def __init__(
@@ -126,18 +127,23 @@ class Capture:
         merged: Mapping[str, LowRank] | None,
         arrive: Arrive | None = None,
         positions: int | None = None,
+        frontier: Frontier | None = None,
     ) -> None:
         self._modules, self._loras, self._wanted = modules, loras, wanted
         self._merged, self._arrive, self._positions = merged, arrive, positions
+        self._frontier = frontier
         self._here = local()  # each micro-batch may run in a thread of its own
         # While layers are solved as their inputs arrive, a site lives as long as the tensors it is made of.
         self.sites: MutableMapping[str, Site] = {} if arrive is None else WeakValueDictionary()
 
     def run(self, samples: Samples, batch: MicroBatch) -> None:
         """Run a micro-batch through the model."""
-        self._here.batch = batch
+        self._here.batch, self._here.muted = batch, nullcontext
         part = (batch.concept, batch.part)
-        with torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self._frontier is not None:
+                self._here.muted = stack.enter_context(self._frontier.watched(batch)).muted
             unread = samples.feed([part] if self._merged is None else [part, part])
             for name, x in (unread or {}).items():
                 self._meet(name, x, batch)
@@ -163,7 +169,13 @@ class Capture:
         return output
 
     def _meet(self, name: str, x: Tensor, batch: MicroBatch) -> None:
-        """Inputs have come to a layer."""
+        """Inputs have come to a layer. What is made of them here outlives the micro-batch."""
+        if self._frontier is not None:
+            self._frontier.restore([x])
+        with self._here.muted():
+            self._look_at(name, x, batch)
+
+    def _look_at(self, name: str, x: Tensor, batch: MicroBatch) -> None:
         rows = batch.size if self._merged is None else 2 * batch.size
         if len(x) != rows:
             raise UserError(

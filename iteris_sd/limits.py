@@ -14,6 +14,7 @@ MAX_TOKEN_CHARS = 128  # a learned token is one word of a prompt
 
 # Merging
 MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper caps at 20
+MAX_FRONTIER_BYTES = 4 * 1024**3  # what waiting micro-batches may hold in memory; the rest goes to disk
 MAX_COEFFICIENT = 1e3  # a larger ratio silences the other concepts altogether
 
 # Recipes

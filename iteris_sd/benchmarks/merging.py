@@ -47,6 +47,7 @@ class Result:
     memory: Mapping[str, int]
     differences: Mapping[str, float]
     condition: float
+    frontier: int
 
     @property
     def best_sweep(self) -> float:
@@ -121,6 +122,7 @@ def run(
         memory=_memory(size, alpha) if memory else {},
         differences=differences,
         condition=max(r.condition or 0.0 for r in ours.reports),
+        frontier=ours.frontier,
     )
 
 
@@ -215,6 +217,7 @@ def lines(result: Result) -> Sequence[tuple[str, str]]:
             "floor",
             f"{result.floor:.2f} s with float32 Gram matrices, {result.floor_double:.2f} s with float64",
         ),
+        ("held by waiting micro-batches", f"{result.frontier / 2**20:.0f} MiB"),
         ("largest condition number", f"{result.condition:.3g}"),
     ]
     if result.ours_iterated is not None:

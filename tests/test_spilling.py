@@ -1,0 +1,64 @@
+"""What paused work holds is counted, and lies on disk above a bound, with nothing changed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from iteris_sd import limits, spilling
+from iteris_sd.calibration import finish, merge
+from iteris_sd.lora import LoRA
+from iteris_sd.pausing import Pausable
+from iteris_sd.spilling import Frontier
+from tests.test_any_model import MODELS, kernels
+from tests.toys import problem, worst
+
+
+def test_a_piece_of_work_is_spilled_while_it_stands_and_goes_on_as_if_nothing_were() -> None:
+    frontier, found = Frontier(bound=0), list[tuple[Tensor, Tensor, Tensor]]()
+    weight = torch.ones(300, 300)
+
+    def work() -> None:
+        with frontier.watched("one"):
+            a = torch.arange(90_000.0).reshape(300, 300)
+            view, turned = a[10:20], weight.t()
+            frontier.paused("one")
+            piece.pause()
+            found.append((view.clone(), turned.sum(), a.sum()))
+
+    piece = Pausable(work)
+    piece.resume()
+    assert frontier.spilled == frontier.peak == 360_000
+    assert weight.untyped_storage().nbytes() == 360_000  # a view of what was made elsewhere is left alone
+    piece.resume()
+    ((view, turned, total),) = found
+    assert torch.equal(view, torch.arange(3_000.0, 6_000.0).reshape(10, 300))
+    assert (turned, total) == (90_000, torch.arange(90_000.0).sum())
+    frontier.close()
+
+
+def test_what_is_dead_or_muted_is_not_counted() -> None:
+    frontier = Frontier(bound=10**9)
+    with frontier.watched("one") as watch:
+        kept = torch.ones(50_000)
+        kept + 1
+        with watch.muted():
+            elsewhere = torch.ones(70_000)
+        frontier.paused("one")
+    assert frontier.peak == kept.untyped_storage().nbytes() == 200_000
+    assert elsewhere.sum() == 70_000 and frontier.spilled == 0
+    frontier.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sweep_that_spills_everything_ends_as_one_that_spills_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = MODELS[name]()
+    loras, batches = problem(toy, (2, 3))
+    loras = [LoRA(lora, kernels(toy)) for lora in loras]
+    wanted = finish(merge(toy.modules, loras, toy.samples(batches, 2), "iteris"))
+    monkeypatch.setattr(limits, "MAX_FRONTIER_BYTES", 0)
+    monkeypatch.setattr(spilling, "SMALL", 1)
+    found = finish(merge(toy.modules, loras, toy.samples(batches, 2), "iteris"))
+    assert found.frontier == wanted.frontier > 0
+    assert worst(found.lora, wanted.lora) == 0.0

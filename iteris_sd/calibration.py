@@ -114,7 +114,7 @@ def merge(
     if chosen.needs == "none":
         outcomes |= {name: solve(name, None) for name in problem.contested}
     elif problem.contested:
-        iterations = 0 if chosen.needs == "own" else settings.get("iterations")
+        iterations = settings.get("iterations") if chosen.needs == "merged" else 0
         if iterations is None:
             found, passes = (yield from _sweep(problem, solve, frontier)), 1
         else:
@@ -184,7 +184,7 @@ class _Problem:
     def __post_init__(self) -> None:
         if not self.loras:
             raise UserError("There is nothing to merge: no LoRA was given.")
-        if self.samples is not None and len(self.samples.rows) != len(self.loras):
+        if self.samples is not None and len(self.samples.rows) - len(self.loras) not in (0, 1):
             raise ValueError(f"{len(self.loras)} LoRAs need as many sample counts, got {self.samples.rows}")
         for n, lora in enumerate(self.loras):
             layers.check_fit(lora, self.modules, f"LoRA {n + 1}")
@@ -223,7 +223,7 @@ class _Problem:
             self.contested,
             merged,
             arrive,
-            self.given_samples().positions,
+            self.given_samples(),
             frontier,
         )
 
@@ -264,9 +264,9 @@ class _Solver:
         adapters, who = self._problem.adapters(name), self._problem.participants[name]
         moments = None if site is None else site.of(who)
         concept = {key: v if v is None else tuple(v[n] for n in who) for key, v in self._concept.items()}
-        base = {"base": layers.weight(self._problem.modules[name])} if self._method.needs_base else {}
+        extra = self._extra(name, site)
         try:
-            solution: Solution = self._method.solve(adapters, moments, **base, **self._layer, **concept)
+            solution: Solution = self._method.solve(adapters, moments, **extra, **self._layer, **concept)
         except UserError as error:
             raise UserError(f"Layer {name} cannot be merged: {error}") from error
         dropped = {who[i]: reason for i, reason in solution.dropped.items()}
@@ -290,6 +290,17 @@ class _Solver:
             )
         merged = solution.adapter.to(adapters[0].down.device, working_dtype(adapters))
         return _Outcome(merged, report)
+
+    def _extra(self, name: str, site: Site | None) -> dict[str, Any]:
+        """What beside adapters and moments the method wants to know of a layer."""
+        if self._method.needs_base:
+            return {"base": layers.weight(self._problem.modules[name])}
+        if self._method.needs == "words":
+            nobody = len(self._problem.loras)
+            if site is None or nobody not in site.moments:
+                raise ValueError(f"{self._method.name} needs samples of nobody's after those of the concepts")
+            return {"generic": site.moments[nobody]}
+        return {}
 
 
 def _sweep(

@@ -44,13 +44,16 @@ class Samples:
     part's whole way in one forward; otherwise ``feed`` may run the model several times, each with all rows.
     ``micro_batch``: at most so many samples go through the model at once, twice; None for a concept's all.
     ``positions``: of a layer's inputs with more positions per sample, only so many are looked at, the same random ones
-    of X and X̃, of all samples and at each time; None for all.
+    of X and X̃, of all samples and at each time; None for all. ``kept[n]``: the positions of concept n's samples that
+    are looked at, (rows, positions) bool. There may be one group of samples more than concepts: captions of nobody's,
+    which run through the base model.
     """
 
     rows: tuple[int, ...]
     feed: Callable[[Sequence[Part]], Mapping[str, Tensor] | None]
     micro_batch: int | None = None
     positions: int | None = None
+    kept: Sequence[Tensor] | None = None
 
     def batches(self) -> "list[MicroBatch]":
         """All samples, cut up; the cuts depend on nothing but ``rows`` and ``micro_batch``."""
@@ -126,11 +129,11 @@ class Capture:
         wanted: frozenset[str],
         merged: Mapping[str, LowRank] | None,
         arrive: Arrive | None = None,
-        positions: int | None = None,
+        samples: Samples | None = None,
         frontier: Frontier | None = None,
     ) -> None:
         self._modules, self._loras, self._wanted = modules, loras, wanted
-        self._merged, self._arrive, self._positions = merged, arrive, positions
+        self._merged, self._arrive, self._samples = merged, arrive, samples
         self._frontier = frontier
         self._here = local()  # each micro-batch may run in a thread of its own
         # While layers are solved as their inputs arrive, a site lives as long as the tensors it is made of.
@@ -163,7 +166,7 @@ class Capture:
         batch: MicroBatch = self._here.batch
         x, size = args[0], batch.size
         self._meet(name, x, batch)
-        _add(module, output[:size], x[:size], self._loras[batch.concept].get(name))
+        _add(module, output[:size], x[:size], self._own(batch).get(name))
         if self._merged is not None:
             _add(module, output[size:], x[size:], self._merged.get(name))
         return output
@@ -174,6 +177,18 @@ class Capture:
             self._frontier.restore([x])
         with self._here.muted():
             self._look_at(name, x, batch)
+
+    def _own(self, batch: MicroBatch) -> Mapping[str, LowRank]:
+        """The LoRA of a micro-batch's concept; none for samples of nobody's."""
+        return self._loras[batch.concept] if batch.concept < len(self._loras) else {}
+
+    def _chosen(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        """The inputs of a micro-batch's samples that are looked at, of x (rows, …, in)."""
+        if self._samples is None:
+            return x
+        if self._samples.kept is not None:
+            return x[self._samples.kept[batch.concept][batch.part].to(x.device)]
+        return _thinned(x, self._samples.positions)
 
     def _look_at(self, name: str, x: Tensor, batch: MicroBatch) -> None:
         rows = batch.size if self._merged is None else 2 * batch.size
@@ -193,9 +208,9 @@ class Capture:
         site = self.sites.get(name) or known or Site(name)
         self.sites[name] = site
         if known is None and site.first == name:
-            looked_at = _thinned(layers.rows(layer, x), self._positions)
-            X_merged = None if self._merged is None else looked_at[batch.size :]
-            site.add(batch, Moments.of(looked_at[: batch.size], X_merged))
+            looked_at = layers.rows(layer, x)
+            X_merged = None if self._merged is None else self._chosen(looked_at[batch.size :], batch)
+            site.add(batch, Moments.of(self._chosen(looked_at[: batch.size], batch), X_merged))
             batch.saw(x, layer, site)
         elif known is not site:
             raise UserError(

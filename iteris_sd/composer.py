@@ -121,11 +121,13 @@ def merge(
 ) -> Generator[Progress, None, Merged]:
     """Merge the picked LoRAs by one method; yield progress, return the result. Tokens must be known already."""
     from iteris_sd import calibration, samples
+    from iteris_sd.merging import registry
 
     loras = weighted(recipe, picked)
-    fed = None
-    if inputs is not None:
-        wanted = calibration.contested(loras, method.name, method.parameters)
+    fed, wanted = None, calibration.contested(loras, method.name, method.parameters)
+    if wanted and registry.find(method.name).needs == "words":
+        fed = samples.of_words(backbone, picked, wanted)
+    elif inputs is not None:
         fed = samples.for_merging(backbone, inputs, wanted, recipe.calibration.tokens_per_sample)
     work = calibration.merge(backbone.layers, loras, fed, method.name, method.parameters)
     with closing(work):
@@ -175,10 +177,13 @@ def collect(
 def _solved_for(recipe: Recipe, picked: Sequence[Loaded], measured: bool) -> frozenset[str]:
     """All layers that inputs are needed of: by any of the recipe's methods, or all that can be `measured`."""
     from iteris_sd import calibration
+    from iteris_sd.merging import registry
 
-    loras, methods = weighted(recipe, picked), [m for m in recipe.methods if m.name != BASE_COLUMN]
+    loras = weighted(recipe, picked)
     if measured:
         return Shares(loras).contested
+    drawn = [m for m in recipe.methods if m.name != BASE_COLUMN]
+    methods = [m for m in drawn if registry.find(m.name).needs != "words"]  # those have samples of their own
     return frozenset().union(*(calibration.contested(loras, m.name, m.parameters) for m in methods))
 
 

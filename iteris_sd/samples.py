@@ -6,7 +6,7 @@ timesteps stratified over the prompts. Base, single LoRA and merged model then a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 
@@ -17,6 +17,7 @@ from iteris_sd import calibration, rendering
 from iteris_sd.backbone import Backbone
 from iteris_sd.bases import Base
 from iteris_sd.concepts import Concept, Loaded
+from iteris_sd.errors import UserError
 from iteris_sd.lora import TARGETS, LoRA
 from iteris_sd.recipe import Calibration, Recipe
 
@@ -150,6 +151,55 @@ def for_merging(
 
     _, height, width = backbone.latent_shape
     return calibration.Samples(rows, feed, micro_batch(height * width), positions)
+
+
+def of_words(
+    backbone: Backbone, picked: Sequence[Loaded], wanted: Collection[str], captions: int = 200
+) -> calibration.Samples:
+    """Samples for methods that look at each concept's own words, and at generic captions of nobody's.
+
+    Of a concept's captions only the words of its trigger count, of the others all positions. Serves layers that see
+    nothing but text. Raises UserError when a trigger cannot be found among its caption's tokens.
+    """
+    texts = [[t.format(one.concept.trigger) for t in ALONE] for one in picked]
+    ids = [backbone.tokenise(some) for some in texts]
+    kept = [
+        _places(rows, _bare(backbone, one.concept.trigger)) for rows, one in zip(ids, picked, strict=True)
+    ]
+    ids.append(backbone.tokenise(list(islice(_generic(backbone.base), captions))))
+    kept.append(torch.ones_like(ids[-1], dtype=torch.bool))
+    readers = [name for name in backbone.layers if name in wanted]
+
+    def read(parts: Sequence[calibration.Part]) -> Mapping[str, Tensor]:
+        states = backbone.states(torch.cat([ids[n][part] for n, part in parts]))
+        return dict.fromkeys(readers, states)
+
+    return calibration.Samples(tuple(map(len, ids)), read, micro_batch(1), kept=kept)
+
+
+def _generic(base: Base) -> Iterator[str]:
+    """Captions of the base model's own things, places in turn."""
+    pairs = ((a, b) for a, b in product(base.objects, base.objects) if a != b)
+    for (a, b), template, place in zip(pairs, cycle(BESIDE), cycle(("", *base.places)), strict=False):
+        yield f"{template.format(a, b)} {place}".strip()
+
+
+def _bare(backbone: Backbone, words: str) -> list[int]:
+    """The ids of words without the tokens that begin and end a text."""
+    found: list[int] = backbone.tokenizer(words, add_special_tokens=False).input_ids
+    return found
+
+
+def _places(ids: Tensor, words: Sequence[int]) -> Tensor:
+    """Where in each row of ids (n, positions) these words stand one after the other: (n, positions) bool."""
+    there = torch.zeros_like(ids, dtype=torch.bool)
+    wanted = torch.tensor(words, device=ids.device)
+    for start in range(ids.shape[1] - len(words) + 1):
+        span = slice(start, start + len(words))
+        there[:, span] |= (ids[:, span] == wanted).all(dim=1, keepdim=True)
+    if not words or not bool(there.any(dim=1).all()):
+        raise UserError("A trigger does not come through the tokenizer as it is; choose a plainer one.")
+    return there
 
 
 def text_only(names: Collection[str]) -> bool:

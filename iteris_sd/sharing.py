@@ -46,4 +46,4 @@ class Shares:
 
 def shares(loras: Sequence[LoRA], method: registry.Method, settings: Mapping[str, Any]) -> Shares:
     """How a method with these validated settings shares the layers out."""
-    return Shares(loras, settings.get("absent", "skip"), settings.get("targets", "all"))
+    return Shares(loras, settings.get("absent", "skip"), settings.get("targets", method.targets))

@@ -34,9 +34,9 @@ class _Away:
 class Frontier:
     """The tensors that pieces of work hold.
 
-    ``peak``: the most bytes they held at any pause, those on disk included; ``spilled``: bytes written. ``bound``: above
-    so many bytes the piece that pauses is spilled. Work is watched one piece at a time, each in its own thread, and told
-    by any key.
+    ``peak``: the most bytes they held at any pause, those on disk included; ``spilled``: bytes written. ``bound``:
+    above so many bytes the piece that pauses is spilled. Work is watched one piece at a time, each in its own thread,
+    and told by any key.
     """
 
     def __init__(self, bound: int) -> None:

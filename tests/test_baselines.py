@@ -35,6 +35,7 @@ class Case:
     adapters: list[LowRank]
     X: list[Tensor]
     base: Tensor
+    others: Tensor
     parameters: dict[str, Any]
 
     @property
@@ -49,9 +50,11 @@ class Case:
         method = METHODS[self.method]
         if method.needs == "none":
             return method.solve(self.adapters, None, **self.parameters)
-        base = {"base": self.base} if method.needs_base else {}
+        extra: dict[str, Any] = {"base": self.base} if method.needs_base else {}
+        if method.needs == "words":
+            extra["generic"] = Moments.of(self.others)
         moments = moments or [Moments.of(x) for x in self.X]
-        return method.solve(self.adapters, moments, **base, **self.parameters)
+        return method.solve(self.adapters, moments, **extra, **self.parameters)
 
     def picked(self, concepts: Sequence[int]) -> "Case":
         """The same with these concepts, and with their numbers where a parameter has one per concept."""
@@ -69,7 +72,8 @@ def case(method: str, ranks: Sequence[int], shape: tuple[int, int], seed: int, /
     adapters = [random_adapter(*shape, rank, rng) for rank in ranks]
     X = [torch.randn(6, shape[1], generator=rng, dtype=torch.float64) for _ in ranks]
     base = torch.randn(*shape, generator=rng, dtype=torch.float64)
-    return Case(method, adapters, X, base, parameters)
+    others = torch.randn(3 * shape[1], shape[1], generator=rng, dtype=torch.float64)
+    return Case(method, adapters, X, base, others, parameters)
 
 
 # Ranges that keep a random problem regular; the others are the registry's.
@@ -79,6 +83,7 @@ NARROWER = {
     "factor": (0.0, 0.8),
     "coefficients": (0.25, 4.0),
     "scale": (0.25, 4.0),
+    "slack": (1e-2, 1.0),
     "steps": (1, 3),  # before L-BFGS has magnified the rounding
 }
 
@@ -305,7 +310,9 @@ def rotated(given: Case) -> Outcome:
     width = given.shape[1]
     Q = torch.linalg.qr(torch.randn(width, width, generator=rng, dtype=torch.float64)).Q
     adapters = [LowRank(a.down @ Q, a.up) for a in given.adapters]
-    other = replace(given, adapters=adapters, X=[x @ Q for x in given.X], base=given.base @ Q)
+    other = replace(
+        given, adapters=adapters, X=[x @ Q for x in given.X], base=given.base @ Q, others=given.others @ Q
+    )
     return other.solve().adapter.delta(), given.solve().adapter.delta() @ Q
 
 

@@ -96,6 +96,28 @@ def test_guidance_can_be_calibrated_for_too(backbone: Backbone) -> None:
         changed([{"name": "iteris"}], unconditional=13)
 
 
+def test_custom_diffusion_looks_at_the_concepts_own_words(backbone: Backbone) -> None:
+    picked = [Library.shipped().find(name).load() for name in ("dog", "barn")]
+    tokens = {token: vectors for one in picked for token, vectors in one.tokens.items()}
+    with backbone.prepared(tokens):
+        given = samples.of_words(backbone, picked, {"unet.k"}, captions=30)
+        assert given.rows == (len(samples.ALONE), len(samples.ALONE), 30) and given.kept is not None
+        for one, kept in zip(picked, given.kept, strict=False):
+            ids = backbone.tokenise([t.format(one.concept.trigger) for t in samples.ALONE])
+            told = [backbone.tokenizer.decode(row[k]) for row, k in zip(ids, kept, strict=True)]
+            assert {words.replace("</w>", "").replace(" ", "") for words in told} == {
+                one.concept.trigger.replace(" ", "")
+            }
+    passes: list[int] = []
+    handle = backbone.unet.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = merged(changed([{"name": "custom_diffusion"}]))["custom_diffusion"]
+    handle.remove()
+    assert not passes
+    solved = {r.name for r in found.reports if r.method == "custom_diffusion"}
+    assert solved and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in solved)
+    assert {r.method for r in found.reports if r.name not in solved} == {"linear"}
+
+
 def test_what_is_missing_is_told_before_the_work(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise UserError("There is no scorer.")

@@ -124,6 +124,24 @@ def test_gradient_fusion_descends_regmeans_objective_to_its_minimum() -> None:
     assert misses[-1] == pytest.approx(miss(wanted), rel=1e-8)
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(0, 999))
+def test_custom_diffusion_is_its_constrained_least_squares(ranks, seed) -> None:
+    """min ‖ΔW C_regᵀ‖² subject to ΔW Cᵀ = V, by the paper's own formula: two words of each concept."""
+    layer = Layer(ranks, seed, rows=2)
+    others = torch.randn(40, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    C = torch.cat(layer.X)
+    V = torch.cat([x @ dW.T for x, dW in zip(layer.X, layer.deltas, strict=True)]).T
+    G = iteris.regularised(others.T @ others, 1e-6)
+    d = C @ torch.linalg.inv(G)
+    wanted = V @ torch.linalg.inv(d @ C.T) @ d
+    found = METHODS["custom_diffusion"].solve(
+        layer.adapters, [Moments.of(x) for x in layer.X], generic=Moments.of(others), slack=1e-9
+    )
+    assert distance(found.adapter.delta(), wanted) < 1e-5
+    assert distance(found.adapter.delta() @ C.T, V) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["regmean_pp", "rank_space"])
 def test_a_sweep_by_any_method_is_its_own_fixed_point(toy: Toy, method: str) -> None:
     """Solved anew from the inputs in the merged model, every layer comes out as it is."""

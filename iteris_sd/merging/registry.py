@@ -81,8 +81,10 @@ class Method:
     """A way of merging. ``needs`` is what its ``solve`` wants to know of the layer's inputs:
 
     ``none`` nothing (data-free); ``own`` the moments of X, each LoRA's inputs on its own samples;
-    ``merged`` also those of X̃, the merged model's inputs on the same samples. ``needs_base``: ``solve`` also gets the
-    layer's own weight W0 (out, in) as ``base``.
+    ``merged`` also those of X̃, the merged model's inputs on the same samples; ``words`` the moments of X at each
+    concept's own words alone, and as ``generic`` those of other captions in the base model. ``needs_base``: ``solve``
+    also gets the layer's own weight W0 (out, in) as ``base``. ``targets``: the layers that it merges, a key of
+    ``lora.TARGETS``, where no parameter of that name says so; the others are averaged.
 
     ``invariances`` are the changes of what is given that leave ΔW as it is, whatever the parameters (numbers per
     concept go with their concept):
@@ -96,11 +98,12 @@ class Method:
     title: str
     description: str
     paper: str
-    needs: Literal["none", "own", "merged"]
+    needs: Literal["none", "own", "merged", "words"]
     module: str
     invariances: frozenset[str]
     parameters: tuple[Parameter, ...] = ()
     needs_base: bool = False
+    targets: str = "all"
 
     @property
     def solve(self) -> Callable[..., Any]:
@@ -442,6 +445,26 @@ _METHODS = (
                 help="Steps of L-BFGS; the paper takes 50 in the U-Net and 500 in the text encoder.",
             ),
         ),
+    ),
+    Method(
+        name="custom_diffusion",
+        title="Custom Diffusion",
+        description="Cross-attention K and V do to each concept's own words what its LoRA does, and little to others.",
+        paper="Kumari et al., Multi-concept customization of text-to-image diffusion, CVPR 2023, arXiv 2212.04488",
+        needs="words",
+        module="iteris_sd.merging.custom_diffusion",
+        invariances=INVARIANCES,
+        parameters=(
+            Parameter(
+                name="slack",
+                type="float",
+                default=1e-4,
+                low=0.0,
+                high=1.0,
+                help="How much leaving other captions as they are counts against the concepts' own words.",
+            ),
+        ),
+        targets="cross_attention",
     ),
     Method(
         name="ssr",

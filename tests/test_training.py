@@ -4,6 +4,7 @@ from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -143,17 +144,23 @@ def test_learns_token_and_lora_and_leaves_no_trace(pipeline: StableDiffusionPipe
     assert all(adapter.delta().abs().max() > 0 and adapter.rank == 2 for adapter in trained.lora.values())
 
 
-def test_layers_are_the_attention_of_both_parts_by_their_canonical_names(
-    pipeline: StableDiffusionPipeline,
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+FEED_FORWARD = (".ff.net.0.proj", ".ff.net.2", ".fc1", ".fc2")
+
+
+@pytest.mark.parametrize(
+    ("layers", "ends"), [("attention", ATTENTION), ("transformer", (*ATTENTION, *FEED_FORWARD))]
+)
+def test_layers_are_those_asked_for_of_both_parts_by_their_canonical_names(
+    pipeline: StableDiffusionPipeline, layers: Literal["attention", "transformer"], ends: tuple[str, ...]
 ) -> None:
-    trained, _ = finished(started(pipeline))
+    trained, _ = finished(started(pipeline, replace(QUICK, layers=layers)))
     linear = {
         f"{name}.{path.removeprefix('text_model.')}": (part.out_features, part.in_features)
         for name in ("unet", "text_encoder")
         for path, part in getattr(pipeline, name).named_modules()
         if isinstance(part, nn.Linear)
     }
-    ends = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
     expected = {name: shape for name, shape in linear.items() if name.endswith(ends)}
     assert {name: adapter.shape for name, adapter in trained.lora.items()} == expected
     assert "text_encoder.encoder.layers.1.self_attn.out_proj" in expected
@@ -263,5 +270,7 @@ def test_what_does_not_fit_is_refused_at_the_first_step(pipeline: StableDiffusio
     refused("class noun is empty", train(pipeline, photos(), TOKEN, "", alone))
     with pytest.raises(UserError, match="rank is 0"):
         replace(QUICK, rank=0)
+    with pytest.raises(UserError, match="layers are 'all'; they must be 'attention' or 'transformer'"):
+        replace(QUICK, layers="all")  # type: ignore[arg-type]
     pipeline.unet.half()
     refused("float32", train(pipeline, photos(), TOKEN, "dog", alone))

@@ -18,9 +18,15 @@ from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank
 
 TARGETS = {
-    "unet": r".+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-    "text_encoder": r".+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
-}
+    "attention": {
+        "unet": r".+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+        "text_encoder": r".+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    },
+    "transformer": {
+        "unet": r".+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",
+        "text_encoder": r".+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.fc[12])",
+    },
+}  # by what `Settings.layers` may be, and by component
 _ADAPTER = "iteris"
 
 
@@ -69,23 +75,24 @@ def learned_token(text_encoder: CLIPTextModel, token_id: int, vector: Tensor) ->
 
 @contextmanager
 def adapted(
-    model: nn.Module, component: str, rank: int, rng: torch.Generator
+    model: nn.Module, component: str, rank: int, rng: torch.Generator, layers: str = "attention"
 ) -> Generator[dict[str, tuple[nn.Parameter, nn.Parameter]]]:
-    """Inject a LoRA into the attention of ``unet`` or ``text_encoder``, down random and up zero, scale 1.
+    """Inject a LoRA into ``layers`` of ``unet`` or ``text_encoder``, down random and up zero, scale 1.
 
     Yields layer name -> (down, up), the trainable factors. Raises UserError when adapters are there already
     or the model has no attention layer that is known.
     """
     if hasattr(model, "peft_config"):
         raise UserError(f"The {component} carries an adapter already; unload it before training.")
+    wanted = TARGETS[layers][component]
     targets = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(TARGETS[component], path)
+        if isinstance(module, nn.Linear) and re.fullmatch(wanted, path)
     }
     if not targets:
         raise UserError(f"The {component} has no attention layer to adapt; it is of an unknown kind.")
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[component])
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=wanted)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with (

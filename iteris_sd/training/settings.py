@@ -17,6 +17,7 @@ class Settings:
     """
 
     rank: int = 32
+    layers: Literal["attention", "transformer"] = "attention"  # transformer: the feed-forward layers, too
     inversion_steps: int = 800
     inversion_rate: float = 5e-4
     lora_steps: int = 800
@@ -44,5 +45,7 @@ class Settings:
         for name in ("inversion_steps", "lora_steps", "prior_batch", "prior_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"The setting {name} is {getattr(self, name)}; it must not be negative.")
+        if self.layers not in ("attention", "transformer"):
+            raise UserError(f"The layers are {self.layers!r}; they must be 'attention' or 'transformer'.")
         if self.schedule not in ("constant", "cosine"):
             raise UserError(f"The schedule is {self.schedule!r}; it must be 'constant' or 'cosine'.")

@@ -102,9 +102,9 @@ def train(
         groups = [{"params": [vector], "lr": settings.inversion_rate, "weight_decay": 0.0}]
         yield from _fit("textual inversion", settings.inversion_steps, groups, loss, own, None, settings)
 
-        factors = stack.enter_context(adapting.adapted(unet, "unet", settings.rank, rng))
+        factors = stack.enter_context(adapting.adapted(unet, "unet", settings.rank, rng, settings.layers))
         texts_factors = stack.enter_context(
-            adapting.adapted(text_encoder, "text_encoder", settings.rank, rng)
+            adapting.adapted(text_encoder, "text_encoder", settings.rank, rng, settings.layers)
         )
         groups = [
             {"params": [vector], "lr": settings.token_rate, "weight_decay": 0.0},

@@ -24,7 +24,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank, inner, working_dtype
 from iteris_sd.merging import linear, registry
 from iteris_sd.merging.moments import Moments
-from iteris_sd.merging.solving import Solution, adaptive_weight, balance, residual
+from iteris_sd.merging.solving import Solution, adaptive_weight, misses
 from iteris_sd.pausing import Pausable
 from iteris_sd.sharing import Shares, shares
 from iteris_sd.spilling import Frontier
@@ -280,13 +280,14 @@ class _Solver:
             truncation=solution.truncation,
         )
         if site is not None and moments is not None:
+            found = misses(adapters, moments, solution.weights, solution.adapter)
             report = replace(
                 report,
                 site=site.first,
                 rows=sum(m.count for m in moments),
-                residual=residual(adapters, moments, solution.weights, solution.adapter),
+                residual=found.residual,
                 discrepancy=_discrepancy(moments),
-                balance=balance(adapters, moments, solution.weights, solution.adapter),
+                balance=found.balance,
             )
         merged = solution.adapter.to(adapters[0].down.device, working_dtype(adapters))
         return _Outcome(merged, report)
@@ -403,8 +404,7 @@ def _discrepancy(moments: Sequence[Moments]) -> float | None:
 def _measured(problem: _Problem, name: str, site: Site, merged: LowRank) -> LayerReport:
     adapters, moments = problem.adapters(name), site.of(problem.participants[name])
     weights = tuple(adaptive_weight(a, m.own) for a, m in zip(adapters, moments, strict=True))
-    value = residual(adapters, moments, weights, merged)
-    parts = balance(adapters, moments, weights, merged)
+    found = misses(adapters, moments, weights, merged)
     return LayerReport(
         name,
         problem.participants[name],
@@ -412,7 +412,7 @@ def _measured(problem: _Problem, name: str, site: Site, merged: LowRank) -> Laye
         site.first,
         sum(m.count for m in moments),
         weights=weights,
-        residual=value,
+        residual=found.residual,
         discrepancy=_discrepancy(moments),
-        balance=parts,
+        balance=found.balance,
     )

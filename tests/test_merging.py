@@ -172,6 +172,15 @@ def test_moments_add_up_over_batches() -> None:
     assert whole.distance() == pytest.approx(float((x - y).square().sum()))
 
 
+@pytest.mark.parametrize("width", [191, 192, 193, 500])
+def test_wide_moments_are_symmetric_and_whole(width: int) -> None:
+    x, y = torch.randn(2, 30, width, dtype=torch.float64)
+    found = Moments.of(x, y)
+    for part, wanted in ((found.own, x.T @ x), (found.merged, y.T @ y), (found.cross, y.T @ x)):
+        torch.testing.assert_close(part, wanted)
+    assert torch.equal(found.own.triu(200), found.own.T.triu(200))
+
+
 @pytest.mark.parametrize("blind", ["up", "samples"])
 def test_a_vanished_term_is_dropped_and_reported(blind: str) -> None:
     rng = torch.Generator().manual_seed(3)

@@ -36,5 +36,6 @@ def solve(
     K = torch.stack([m.own for m in moments]).sum(0)
     G = regularised(generic.own, RIDGE)
     A = K + slack * K.trace() / G.trace() * G
-    merged, condition = solve_terms(A, [(a, m.own) for a, m in zip(adapters, moments, strict=True)])
+    terms = [(a.up, m.own @ a.down.to(A).T) for a, m in zip(adapters, moments, strict=True)]
+    merged, condition = solve_terms(A, terms)
     return Solution(merged, weights=(1.0,) * len(adapters), condition=condition)

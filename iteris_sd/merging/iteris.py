@@ -62,13 +62,15 @@ def solve(
         return Solution(LowRank.concatenate([a.scaled(0.0) for a in adapters]), lambdas, dropped)
     mixed = {n: moments[n].mixed(mix) for n in kept}
     ridge = alpha if alpha_merged is None else alpha_merged
-    A = torch.stack([lambdas[n] * regularised(mixed[n].merged, ridge) for n in kept]).sum(0)
-    terms = [(adapters[n], lambdas[n] * regularised(mixed[n].cross, alpha)) for n in kept]
+    A = regularised_sum([(lambdas[n], mixed[n].merged) for n in kept], ridge)
+    terms = [
+        (adapters[n].up, lambdas[n] * _right(mixed[n].cross, alpha, adapters[n].down.to(A))) for n in kept
+    ]
     if objective == "full":
         assert base is not None
-        drift = torch.stack([B for _, B in terms]).sum(0) - A
-        everything = LowRank(base.to(A), torch.eye(len(base), dtype=A.dtype, device=A.device))
-        whole, condition = solve_terms(A, [*terms, (everything, drift)])
+        drift = regularised_sum([(lambdas[n], mixed[n].cross) for n in kept], alpha) - A
+        everything = torch.eye(len(base), dtype=A.dtype, device=A.device)
+        whole, condition = solve_terms(A, [*terms, (everything, drift @ base.to(A).T)])
         found = cut(Decomposition.of(whole.delta()), rank or _span([adapters[n] for n in kept]), lambdas)
         return replace(found, dropped=dropped, condition=condition)
     merged, condition = solve_terms(A, terms)
@@ -113,6 +115,20 @@ def _absent_weight(adapters: Sequence[LowRank], m: Moments, base: Tensor | None)
         return float(W.square().sum() / ((W @ m.own) * W).sum())
     energy = sum(inner(a, a, m.own).item() for a in adapters)
     return sum(inner(a, a).item() for a in adapters) / energy if energy > 0 else 0.0
+
+
+def regularised_sum(terms: Sequence[tuple[float, Tensor]], alpha: float) -> Tensor:
+    """Σ λ_n (M_n + α‖M_n‖_F I), without forming the terms."""
+    total = torch.zeros_like(terms[0][1])
+    for weight, M in terms:
+        total.add_(M, alpha=weight)
+        total.diagonal().add_(weight * alpha * M.norm())
+    return total
+
+
+def _right(C: Tensor, alpha: float, down: Tensor) -> Tensor:
+    """(C + α‖C‖_F I) downᵀ, (in, r)."""
+    return C @ down.T + alpha * C.norm() * down.T
 
 
 def regularised(M: Tensor, alpha: float) -> Tensor:

@@ -24,7 +24,8 @@ def solve(adapters: Sequence[LowRank], moments: Sequence[Moments], *, factor: fl
     """
     grams = [shrink(m.own, factor) for m in moments]
     A = torch.stack(grams).sum(0)
-    merged, condition = solve_terms(A, list(zip(adapters, grams, strict=True)))
+    terms = [(a.up, G @ a.down.to(G).T) for a, G in zip(adapters, grams, strict=True)]
+    merged, condition = solve_terms(A, terms)
     return Solution(merged, weights=(1.0,) * len(adapters), condition=condition)
 
 

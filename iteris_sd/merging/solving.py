@@ -5,10 +5,10 @@
 | ΔW_n     | (out, in)   | up_n @ down_n, LoRA n at this layer                                   |
 | A        | (in, in)    | left side of the normal equations, symmetric positive definite        |
 | B_n      | (in, in)    | right side of term n: ΔWᵀ = A⁻¹ Σ_n B_n ΔW_nᵀ                         |
+| R_n      | (in, r_n)   | B_n down_nᵀ, all that is needed of B_n                                |
 | λ_n      | scalar      | weight of term n in the objective Σ_n λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖²_F    |
 
-B_n ΔW_nᵀ has rank r_n, so ΔW = Σ_n up_n · [down_n B_nᵀ A⁻¹]: keep the up_n, solve for Σ r_n columns
-only.
+B_n ΔW_nᵀ = R_n up_nᵀ has rank r_n, so ΔW = Σ_n up_n · [A⁻¹ R_n]ᵀ: keep the up_n, solve for Σ r_n columns only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,18 +55,17 @@ def check_finite(adapters: Sequence[LowRank]) -> None:
         raise UserError("one of the LoRAs is not finite there; check the LoRA files.")
 
 
-def solve_terms(A: Tensor, terms: Sequence[tuple[LowRank, Tensor]]) -> tuple[LowRank, float]:
-    """ΔW with ΔWᵀ = A⁻¹ Σ_n B_n ΔW_nᵀ for terms (ΔW_n, B_n); exact, rank Σ r_n, by Cholesky in float64.
+def solve_terms(A: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> tuple[LowRank, float]:
+    """ΔW with ΔWᵀ = A⁻¹ Σ_n R_n up_nᵀ for terms (up_n, R_n), R_n in float64; exact, rank Σ r_n, by Cholesky.
 
     Also A's condition number, as `condition` estimates it. Raises UserError when A or the result is not finite, or A
     is singular to working precision.
     """
     if not bool(A.isfinite().all()):
         raise UserError("the moments of its inputs are not finite; use float32 or other samples.")
-    wide = [adapter.to(A.device, torch.float64) for adapter, _ in terms]
-    rhs = torch.cat([B @ adapter.down.T for adapter, (_, B) in zip(wide, terms, strict=True)], dim=1)
+    ups = torch.cat([up.to(A) for up, _ in terms], dim=1)
     L = _cholesky(A)
-    solved = LowRank(torch.cholesky_solve(rhs, L).T, torch.cat([a.up for a in wide], dim=1))
+    solved = LowRank(torch.cholesky_solve(torch.cat([R for _, R in terms], dim=1), L).T, ups)
     if not bool(solved.down.isfinite().all() and solved.up.isfinite().all()):
         raise UserError("its solution is not finite; check the LoRA files, or raise the regularisation.")
     return solved, condition(A, L)
@@ -111,25 +110,26 @@ def adaptive_weight(adapter: LowRank, own: Tensor, base: Tensor | None = None) -
     return float(W.square().sum() / ((W @ own) * W).sum())
 
 
-def residual(
-    adapters: Sequence[LowRank], moments: Sequence[Moments], weights: Sequence[float], merged: LowRank
-) -> float | None:
-    """Σ λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖² / Σ λ_n ‖X_n ΔW_nᵀ‖² (eq. 5, relative); None where the latter is zero."""
-    wanted = sum(w * inner(a, a, m.own).item() for a, m, w in zip(adapters, moments, weights, strict=True))
-    return sum(balance(adapters, moments, weights, merged)) / wanted if wanted > 0 else None
+@dataclass(frozen=True)
+class Misses:
+    """How far a merge is from what each term wants.
+
+    ``balance``: λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖² of every term (the paper's Fig. 3c). ``residual``: their sum over
+    Σ λ_n ‖X_n ΔW_nᵀ‖² (eq. 5, relative); None where that is zero.
+    """
+
+    balance: tuple[float, ...]
+    residual: float | None
 
 
-def balance(
+def misses(
     adapters: Sequence[LowRank], moments: Sequence[Moments], weights: Sequence[float], merged: LowRank
-) -> tuple[float, ...]:
-    """λ_n ‖X_n ΔW_nᵀ − X̃_n ΔWᵀ‖² of every term (the paper's Fig. 3c)."""
-    return tuple(
-        weight
-        * max(
-            0.0,
-            inner(adapter, adapter, m.own).item()
-            - 2 * inner(merged, adapter, m.cross).item()
-            + inner(merged, merged, m.merged).item(),
-        )
-        for adapter, m, weight in zip(adapters, moments, weights, strict=True)
-    )
+) -> Misses:
+    """Measure a merge of one layer."""
+    wanted = [w * inner(a, a, m.own).item() for a, m, w in zip(adapters, moments, weights, strict=True)]
+    apart = [
+        want - 2 * w * inner(merged, a, m.cross).item() + w * inner(merged, merged, m.merged).item()
+        for want, a, m, w in zip(wanted, adapters, moments, weights, strict=True)
+    ]
+    balance = tuple(max(0.0, value) for value in apart)
+    return Misses(balance, sum(balance) / sum(wanted) if sum(wanted) > 0 else None)

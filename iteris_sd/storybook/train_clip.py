@@ -38,7 +38,7 @@ SIDE = 96  # pictures are looked at in this size: marks still show, at under two
 VISION: Mapping[str, Any] = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 64, "image_size": SIDE}
 
 LOOKS = 992  # particular things drawn for the second loss
-VIEWS = 6  # pictures of each: half of them alone, half in company
+VIEWS = 10  # pictures of each, one in each place: half of them alone, half in company
 LOOKS_SEED = 20_000_000
 OTHERS_SEED = 30_000_000  # things never trained on
 STRANGERS = 192  # how many of them
@@ -104,7 +104,7 @@ def _draw_views(look: world.Look, seed: int) -> np.ndarray:
 
 def drawn_views(directory: Path, looks: Sequence[world.Look], first: int, workers: int = 2) -> np.ndarray:
     """Pictures of the looks, (looks, VIEWS, 128, 128, 3) uint8, drawn once and kept in `directory`."""
-    path = directory / f"views_{first}_{len(looks)}.npy"
+    path = directory / f"views_{first}_{len(looks)}x{VIEWS}.npy"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(workers) as pool:

@@ -23,6 +23,7 @@ from iteris_sd.merging import registry
 from iteris_sd.recipe import BASE_COLUMN, Recipe, Sampler
 
 if TYPE_CHECKING:
+    from iteris_sd.benchmarks.merging import Step
     from iteris_sd.composer import Composition, Event
     from iteris_sd.inspecting import Description, Overlap
     from iteris_sd.scoring import Row
@@ -215,13 +216,20 @@ def bench_merge(
     samples: Samples = None,
     rank: Annotated[int, typer.Option(help="Rank of each of the two LoRAs.", min=1)] = 32,
     alpha: Annotated[float, typer.Option(help="Regularisation of all ways.", min=0.0, max=1.0)] = 1e-4,
+    growing: Annotated[
+        bool, typer.Option("--growth", help="Instead: how ours grows with samples and concepts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge random LoRAs in Stable Diffusion v1.5's shapes by IterIS, here and as its authors' code does it."""
     with _answering():
         from iteris_sd.benchmarks import merging
 
-        result = merging.run(merging.on_this_machine(scope, samples, rank), alpha)
+        size = merging.on_this_machine(scope, samples, rank)
+        if growing:
+            _print_growth(merging.growth(size, alpha), as_json)
+            return
+        result = merging.run(size, alpha)
         if as_json:
             _print_json(merging.described(result))
             return
@@ -371,6 +379,18 @@ def _print_scores(made: Composition) -> None:
         table.add_row(composer.title(use.name), str(own["text"].n), *cells)
     Console().print(table)
     typer.echo(f"Means ± 95 % intervals over seeds; text and image alignment by {made.scorer}.")
+
+
+def _print_growth(steps: Sequence[Step], as_json: bool) -> None:
+    if as_json:
+        _print_json([asdict(step) for step in steps])
+        return
+    table = Table("Samples", "Concepts", "Sweep", "It held", "Its peak memory", "Peak of iterations")
+    for step in steps:
+        sizes = (step.frontier, step.sweep_memory, step.iterations_memory)
+        mib = [f"{size / 2**20:.0f} MiB" for size in sizes]
+        table.add_row(str(step.samples), str(step.concepts), f"{step.sweep:.2f} s", *mib)
+    Console().print(table)
 
 
 def _print_description(found: Description) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -124,6 +124,35 @@ def run(
         condition=max(r.condition or 0.0 for r in ours.reports),
         frontier=ours.frontier,
     )
+
+
+@dataclass(frozen=True)
+class Step:
+    """How our ways grow: seconds of a sweep, what its micro-batches held, and peak memory of both ways, in bytes."""
+
+    samples: int
+    concepts: int
+    sweep: float
+    frontier: int
+    sweep_memory: int
+    iterations_memory: int
+
+
+def growth(size: Size, alpha: float = 1e-4) -> list[Step]:
+    """The sweep with half, all and twice the samples, and with twice and three times the concepts."""
+    sizes = [replace(size, samples=max(1, size.samples * k // 2)) for k in (1, 2, 4)]
+    sizes += [replace(size, concepts=size.concepts * k) for k in (2, 3)]
+    steps = []
+    for one in sizes:
+        problem = problems.build(one)
+        took, ours = measuring.seconds(partial(_merged, problem, alpha), one.device)
+        del problem
+        peaks = [
+            measuring.peak_bytes(partial(problems.build, one), partial(_ours_once, alpha, iterations))
+            for iterations in (None, 1)
+        ]
+        steps.append(Step(one.samples, one.concepts, took, ours.frontier, *peaks))
+    return steps
 
 
 def _merged(problem: Problem, alpha: float, **parameters: Any) -> Merged:

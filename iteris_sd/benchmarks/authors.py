@@ -41,16 +41,15 @@ def solves(problem: Problem, alpha: float) -> Generator[Mapping[str, Tensor], No
 def _closed_form(
     X: Sequence[Tensor], X_merged: Sequence[Tensor], deltas: Sequence[Tensor], alpha: float
 ) -> Tensor:
-    """Eqs. 6 to 8."""
-    width = X[0].shape[1]
-    eye = torch.eye(width, dtype=torch.float64, device=X[0].device)
-    left, right = torch.zeros_like(eye), eye.new_zeros(width, len(deltas[0]))
+    """Eqs. 6 to 8, in the features' precision up to the solve."""
+    eye = torch.eye(X[0].shape[1], dtype=X[0].dtype, device=X[0].device)
+    left, right = torch.zeros_like(eye), torch.zeros_like(deltas[0].T)
     for x, y, dW in zip(X, X_merged, deltas, strict=True):
-        weight = (dW.square().sum() / (x @ dW.T).square().sum()).double()
-        C, S = (y.T @ x).double(), (y.T @ y).double()
+        weight = dW.square().sum() / (x @ dW.T).square().sum()
+        C, S = y.T @ x, y.T @ y
         left += weight * (S + alpha * S.norm() * eye)
-        right += weight * (C + alpha * C.norm() * eye) @ dW.T.double()
-    return torch.linalg.solve(left, right).T.to(X[0].dtype)
+        right += weight * (C + alpha * C.norm() * eye) @ dW.T
+    return torch.linalg.solve(left.double(), right.double()).T.to(X[0].dtype)
 
 
 @torch.no_grad()

@@ -28,11 +28,12 @@ from iteris_sd.training import Examples, Progress, Settings, Trained
 from iteris_sd.training import train as train_concept
 
 SETTINGS = Settings(
-    rank=16,
+    rank=12,
+    layers="transformer",
     inversion_steps=60,
     inversion_rate=3e-3,
-    lora_steps=400,
-    unet_rate=2e-3,
+    lora_steps=600,
+    unet_rate=1.5e-3,
     text_encoder_rate=5e-4,
     token_rate=1e-3,
     schedule="cosine",

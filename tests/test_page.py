@@ -126,6 +126,14 @@ def test_examples_fit_the_picked_concepts(page):
 
 
 @pytest.mark.browser
+def test_a_ticked_method_says_what_it_does(page):
+    assert page.locator("#told dt").all_inner_texts() == ["Base model", "Linear", "IterIS"]
+    page.get_by_label("TIES", exact=True).check()
+    page.locator("#told").get_by_text("elects a sign").wait_for()
+    assert page.locator("#told dt").all_inner_texts() == ["Base model", "Linear", "TIES", "IterIS"]
+
+
+@pytest.mark.browser
 def test_compose_fills_a_grid_of_seeds_by_methods(page):
     quick(page, "3", 2)
     compose(page)

@@ -17,6 +17,11 @@ METHOD_CHOICES: dict[str, tuple[str, str]] = {
     BASE_COLUMN: ("Base model", "No LoRA at all: what the model draws of its own, for reference."),
     **{method.name: (method.title, method.description) for method in METHODS.values()},
 }
+METHOD_GROUPS: dict[str, tuple[str, ...]] = {
+    "Reference": (BASE_COLUMN,),
+    "Look at what the layers see": tuple(reversed([m.name for m in METHODS.values() if m.needs != "none"])),
+    "From the weights alone": tuple(m.name for m in METHODS.values() if m.needs == "none"),
+}
 DEFAULT_METHODS = (BASE_COLUMN, "linear", "iteris")
 
 

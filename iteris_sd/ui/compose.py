@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -39,7 +39,8 @@ class Form:
     prompt: gr.Textbox
     read: gr.HTML
     examples: gr.Dataset
-    methods: gr.CheckboxGroup
+    methods: Sequence[gr.CheckboxGroup]
+    told: gr.HTML
     seeds: gr.Textbox
     steps: gr.Slider
     guidance: gr.Slider
@@ -53,8 +54,16 @@ class Form:
     @property
     def asked(self) -> set[Any]:
         """All widgets that a recipe is made of."""
-        alone = (self.picked, self.prompt, self.methods, self.seeds, self.steps, self.guidance)
-        return {*alone, self.sampler, self.negative, self.samples, *self.weights, *self.dials.values()}
+        alone = (self.picked, self.prompt, self.seeds, self.steps, self.guidance)
+        return {
+            *alone,
+            *self.methods,
+            self.sampler,
+            self.negative,
+            self.samples,
+            *self.weights,
+            *self.dials.values(),
+        }
 
 
 @dataclass(frozen=True)
@@ -125,13 +134,17 @@ def _form(library: Library, base: Base) -> tuple[Form, gr.Button]:
         elem_id="examples",
     )
     go = gr.Button("Compose", variant="primary", size="lg", elem_id="go")
-    methods = gr.CheckboxGroup(
-        [(f"{title}: {told}", name) for name, (title, told) in asking.METHOD_CHOICES.items()],
-        value=list(asking.DEFAULT_METHODS),
-        label="Methods",
-        info="Each is a column of the grid.",
-        elem_id="methods",
-    )
+    with gr.Column(elem_id="methods"):
+        _title("Methods", "Each is a column of the grid.")
+        methods = [
+            gr.CheckboxGroup(
+                [(asking.METHOD_CHOICES[name][0], name) for name in names],
+                value=[name for name in names if name in asking.DEFAULT_METHODS],
+                label=title,
+            )
+            for title, names in asking.METHOD_GROUPS.items()
+        ]
+        told = _markup(_told(asking.DEFAULT_METHODS), elem_id="told")
     with gr.Row():
         seeds = gr.Textbox(
             "0, 1, 2, 3", label="Seeds", info="Each is a row of the grid.", elem_id="seeds", min_width=150
@@ -155,7 +168,7 @@ def _form(library: Library, base: Base) -> tuple[Form, gr.Button]:
             50,
             step=1,
             label="Calibration samples per concept",
-            info="What RegMean and IterIS look at; fewer is faster and rougher.",
+            info="What the methods that look at layers' inputs see; fewer is faster and rougher.",
         )
         weights = [
             gr.Slider(
@@ -185,6 +198,7 @@ def _form(library: Library, base: Base) -> tuple[Form, gr.Button]:
         read,
         examples,
         methods,
+        told,
         seeds,
         steps,
         guidance,
@@ -269,8 +283,10 @@ def _wire_form(visits: Visits, base: Base, form: Form, own: OwnFile) -> None:
         chosen = presets.presets()[name]
         return {form.picked: list(chosen.concepts), form.prompt: chosen.prompts[0]}
 
-    def show_dials(ticked: list[str]) -> Update:
-        return {group: gr.Group(visible=name in ticked) for name, group in form.groups.items()}
+    def show_dials(*ticked: list[str]) -> Update:
+        names = _ticked(ticked)
+        shown: Update = {group: gr.Group(visible=name in names) for name, group in form.groups.items()}
+        return {**shown, form.told: _told(names)}
 
     def add_file(path: str | None, trigger: str, noun: str, picked: list[str], request: gr.Request) -> Update:
         if not path:
@@ -304,7 +320,23 @@ def _wire_form(visits: Visits, base: Base, form: Form, own: OwnFile) -> None:
         show_progress_on=own.told,
     )
     added.then(show_picked, both, shown, api_name="show_added", **silent)
-    form.methods.change(show_dials, form.methods, list(form.groups.values()), api_name="show_dials", **silent)
+    for k, group in enumerate(form.methods):
+        told = [form.told, *form.groups.values()]
+        group.change(show_dials, list(form.methods), told, api_name=f"show_dials_{k}", **silent)
+
+
+def _ticked(groups: Iterable[Any]) -> list[str]:
+    """The ticked methods, in the order of the columns."""
+    names = {name for group in groups for name in group or []}
+    return [name for name in asking.METHOD_CHOICES if name in names]
+
+
+def _told(names: Sequence[str]) -> str:
+    """What the ticked methods do, a sentence each."""
+    lines = [
+        f"<dt>{title}</dt><dd>{told}</dd>" for title, told in map(asking.METHOD_CHOICES.__getitem__, names)
+    ]
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 def _names(picked: Any, library: Library) -> list[str]:
@@ -413,7 +445,7 @@ def _recipe(values: Update, form: Form, base: Base, visit: Visit) -> Recipe:
         concepts=[visit.library.find(str(name)).name for name in names],
         prompt=values[form.prompt] or "",
         negative=values[form.negative] or "",
-        methods=[name for name in asking.METHOD_CHOICES if name in values[form.methods]],
+        methods=_ticked(values[group] for group in form.methods),
         seeds=asking.seeds(values[form.seeds]),
         steps=values[form.steps],
         guidance=values[form.guidance],

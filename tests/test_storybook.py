@@ -222,6 +222,7 @@ def tiny(monkeypatch):
     vision = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "image_size": 96}
     monkeypatch.setattr(train_clip, "VISION", vision)
     monkeypatch.setattr(train_oracle, "JUDGED", 8)
+    monkeypatch.setattr(train_oracle, "KIN", 16)
     monkeypatch.setattr(train_unet, "SHEET", train_unet.SHEET[:1])
 
 

@@ -170,7 +170,12 @@ def reconstruction(bench: Bench, n: int) -> list[Figure]:
             share(f"oracle, {what}, on drawn scenes", before[what], 98.0),
             replace(loss, met=abs(loss.value) <= 1.0),
         ]
-    return figures
+    theirs = train_oracle.drawn_kin(
+        bench.run.runs / "scenes", train_oracle.JUDGED // 2, train_oracle.KIN_UNSEEN_SEED
+    )
+    seen = train_oracle.judged(bench.oracle, to_tensor(theirs.scenes.pixels[:n]))
+    right = train_oracle.marks(seen, theirs.truth.of_rows(range(min(n, len(theirs.scenes)))))["classes"]
+    return [*figures, share("oracle, classes, on drawn scenes with the individuals", right, 98.0)]
 
 
 def one_object(bench: Bench, n: int) -> list[Figure]:
@@ -309,6 +314,7 @@ class _OfConcept:
 
     identity: Figure
     leak: Figure
+    leak_apart: Figure
     nearest: list[bool]
     both: list[bool]
     composable: list[bool]
@@ -321,16 +327,19 @@ def _of_concept(bench: Bench, subject: Subject, concept: concepts.Concept, n: in
     base = bench.draw(plain, 5000)
     with bench.backbone.prepared(loaded.tokens, loaded.lora):
         alone = bench.draw(_alone(subject, None, n), 5000)
-        together, leaked = bench.draw(prompts, 6000), bench.draw(plain, 7000)
+        together, leaked = bench.draw(prompts, 6000), bench.draw(plain, 5000)
     bench.sheet(f"concept_{subject.name}", [*alone[:10], *base[:10], *together[:10], *leaked[:10]])
     seen, from_base, left = (bench.scorer.embed_images(p) for p in (alone, base, leaked))
     gain = ((seen - from_base) @ kin.own.T).mean(dim=1).tolist()
     name = f"{subject.name}: image alignment above the base model's, paired"
     identity = mean(name, gain, "", bar="above 0")
-    # Nearer the base model's pictures of the same prompts (other seeds) than the concept's references?
-    margin = ((left @ from_base.T).mean(dim=1) - (left @ kin.own.T).mean(dim=1)).tolist()
+    # Nearer the base model's picture of the same prompt and seed than the concept's references? And nearer its pictures
+    # of the other seeds, which the scorer takes for other individuals?
+    to_concept = (left @ kin.own.T).mean(dim=1)
     name = f"{subject.name}: class word alone, nearer the base than the concept"
-    leak = mean(name, margin, "", bar="above 0")
+    leak = mean(name, ((left * from_base).sum(dim=1) - to_concept).tolist(), "", bar="above 0")
+    others = (left @ from_base.T).fill_diagonal_(0).sum(dim=1) / max(1, len(left) - 1)
+    apart = mean(f"{name}, by the base's other seeds", (others - to_concept).tolist(), "")
     verdict = bench.judge(together).present
     wanted = [[train_oracle.CLASSES.index(cls) for cls in (other, subject.noun)] for other in beside]
     both = torch.stack([(verdict[k, pair] > 0).all() for k, pair in enumerate(wanted)])
@@ -338,6 +347,7 @@ def _of_concept(bench: Bench, subject: Subject, concept: concepts.Concept, n: in
     return _OfConcept(
         replace(identity, met=(identity.low or 0.0) > 0),
         replace(leak, met=leak.value > 0),
+        apart,
         kin.nearest(seen).tolist(),
         both.tolist(),
         (both & own).tolist(),
@@ -365,7 +375,7 @@ def individuals(bench: Bench, n: int) -> list[Figure]:
             for name, one in found.items()
             for what, marks in (("both there and still itself", one.composable), ("both there", one.both))
         ),
-        *(one.leak for one in each),
+        *(figure for one in each for figure in (one.leak, one.leak_apart)),
     ]
 
 

@@ -221,8 +221,9 @@ def _told(name: str, run: Generator[Progress, None, Trained]) -> Trained:
             print(f"{name}: {progress.stage} {progress.step}/{progress.steps} loss {recent:.5f}", flush=True)
 
 
-def _described(subject: Subject, settings: Settings, scenes: int) -> dict[str, Any]:
+def _described(subject: Subject, settings: Settings, run: Run) -> dict[str, Any]:
     """What `concept.json` says."""
+    steps = "" if run.steps is None else f" --steps {run.steps}"
     return {
         "name": subject.name,
         "title": subject.title,
@@ -233,10 +234,10 @@ def _described(subject: Subject, settings: Settings, scenes: int) -> dict[str, A
         "licence": "Apache-2.0",
         "description": subject.individual.description,
         "made": {
-            "command": "python -m iteris_sd.storybook.train --stage concepts",
+            "command": f"python -m iteris_sd.storybook.train --stage concepts{steps}",
             "pictures": 2 * len(PLACES),
             "generic_scenes": PRIOR_OF_CLASS + PRIOR_OTHERS,
-            "scenes": scenes,
+            "scenes": run.scenes,
             "seed": settings.seed,
             "settings": {key: value for key, value in asdict(settings).items() if key != "seed"},
         },
@@ -280,7 +281,7 @@ def _make(
         trained = _told(subject.name, taught)
     formats.write(folder / "lora.safetensors", trained.lora, dtype=torch.float16)
     formats.write_embedding(folder / "embeddings" / subject.token_file, trained.token, trained.embedding)
-    text = json.dumps(_described(subject, settings, run.scenes), indent=2, ensure_ascii=False)
+    text = json.dumps(_described(subject, settings, run), indent=2, ensure_ascii=False)
     partial = folder / ".concept.json.partial"
     partial.write_text(f"{text}\n", encoding="utf-8")
     partial.replace(folder / "concept.json")

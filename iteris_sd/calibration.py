@@ -29,7 +29,7 @@ from iteris_sd.pausing import Pausable
 from iteris_sd.sharing import Shares, shares
 from iteris_sd.spilling import Frontier
 
-__all__ = ["LayerReport", "Merged", "Part", "Progress", "Samples", "finish", "measure", "merge"]
+__all__ = ["LayerReport", "Merged", "Part", "Progress", "Samples", "contested", "finish", "measure", "merge"]
 
 T = TypeVar("T")
 
@@ -108,7 +108,8 @@ def merge(
     """
     chosen = registry.find(method)
     settings = chosen.validate(parameters or {})
-    problem = _Problem(modules, shares(loras, chosen, settings), samples)
+    groups = len(loras) + (chosen.needs == "words")  # generic captions come after the concepts' own
+    problem = _Problem(modules, shares(loras, chosen, settings), samples, groups)
     solve = _Solver(problem, chosen, settings)
     outcomes, passes, frontier = problem.uncontested(), 0, Frontier(limits.MAX_FRONTIER_BYTES)
     if chosen.needs == "none":
@@ -144,7 +145,7 @@ def measure(
 
     Weights are those of eq. 8, so that methods can be compared. Raises UserError as ``merge`` does.
     """
-    problem = _Problem(modules, Shares(loras), samples)
+    problem = _Problem(modules, Shares(loras), samples, len(loras))
     sites = finish(_gathered(problem, merged, Progress("measuring", 0, 1)))
     return tuple(_measured(problem, name, site, merged[name]) for name, site in sites.items())
 
@@ -175,17 +176,20 @@ class _Outcome:
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """What is given: the base layers, the LoRAs, the samples. Raises UserError when they do not fit."""
+    """What is given: the base layers, the LoRAs, the samples in so many groups. UserError when they do not fit."""
 
     modules: Mapping[str, nn.Module]
     shares: Shares
     samples: Samples | None
+    groups: int
 
     def __post_init__(self) -> None:
         if not self.loras:
             raise UserError("There is nothing to merge: no LoRA was given.")
-        if self.samples is not None and len(self.samples.rows) - len(self.loras) not in (0, 1):
-            raise ValueError(f"{len(self.loras)} LoRAs need as many sample counts, got {self.samples.rows}")
+        if self.samples is not None and len(self.samples.rows) != self.groups:
+            raise ValueError(
+                f"{len(self.loras)} LoRAs need {self.groups} sample counts, got {self.samples.rows}"
+            )
         for n, lora in enumerate(self.loras):
             layers.check_fit(lora, self.modules, f"LoRA {n + 1}")
 
@@ -297,10 +301,8 @@ class _Solver:
         if self._method.needs_base:
             return {"base": layers.weight(self._problem.modules[name])}
         if self._method.needs == "words":
-            nobody = len(self._problem.loras)
-            if site is None or nobody not in site.moments:
-                raise ValueError(f"{self._method.name} needs samples of nobody's after those of the concepts")
-            return {"generic": site.moments[nobody]}
+            assert site is not None
+            return {"generic": site.moments[len(self._problem.loras)]}
         return {}
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Frontier:
         self._bound = bound
         self._made: dict[Hashable, WeakTensorKeyDictionary] = {}
         self._away: dict[int, _Away] = {}
-        self._file = tempfile.TemporaryFile(prefix="iteris-")  # noqa: SIM115 - lives as long as this object
+        self._file: IO[bytes] | None = None  # opened by the first spill: most work needs none
         self._end = 0
 
     @contextmanager
@@ -75,13 +75,16 @@ class Frontier:
         """Forget everything, and the file."""
         self._made.clear()
         self._away.clear()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _held(self, key: Hashable) -> dict[int, torch.UntypedStorage]:
         """The memory that a piece's living tensors share."""
         return {_identity(t): t.untyped_storage() for t in self._made[key]}
 
     def _spill(self, storages: Sequence[torch.UntypedStorage]) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="iteris-")  # noqa: SIM115 - lives as long as this object
         for storage in storages:
             size = storage.nbytes()
             self._file.seek(self._end)
@@ -94,6 +97,7 @@ class Frontier:
         self._away = {key: a for key, a in self._away.items() if a.storage.nbytes() == 0}
 
     def _fill(self, away: _Away) -> None:
+        assert self._file is not None
         self._file.seek(away.offset)
         content = np.frombuffer(bytearray(self._file.read(away.size)), np.uint8)
         away.storage.resize_(away.size)

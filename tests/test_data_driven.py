@@ -132,7 +132,7 @@ def test_custom_diffusion_is_its_constrained_least_squares(ranks, seed) -> None:
     others = torch.randn(40, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     C = torch.cat(layer.X)
     V = torch.cat([x @ dW.T for x, dW in zip(layer.X, layer.deltas, strict=True)]).T
-    G = iteris.regularised(others.T @ others, 1e-6)
+    G = iteris.regularised_sum([(1.0, others.T @ others)], 1e-6)
     d = C @ torch.linalg.inv(G)
     wanted = V @ torch.linalg.inv(d @ C.T) @ d
     found = METHODS["custom_diffusion"].solve(

@@ -92,7 +92,8 @@ def run(
     for k in range(count):
         took, dense = measuring.seconds(lambda: next(work), size.device)
         solves.append(took)
-        results.append(dense) if k in (CAP, count - 1) else None
+        if k in (CAP, count - 1):
+            results.append(dense)
         if k * sweeps // count != (k + 1) * sweeps // count:
             took, ours = measuring.seconds(partial(_merged, problem, alpha), size.device)
             times.append(took)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from iteris_sd.lora import LowRank
-from iteris_sd.merging.iteris import regularised
+from iteris_sd.merging.iteris import regularised_sum
 from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, solve_terms
 
@@ -34,7 +34,7 @@ def solve(
     ``generic``: the moments of generic captions. Raises UserError when the system is singular or not finite.
     """
     K = torch.stack([m.own for m in moments]).sum(0)
-    G = regularised(generic.own, RIDGE)
+    G = regularised_sum([(1.0, generic.own)], RIDGE)
     A = K + slack * K.trace() / G.trace() * G
     terms = [(a.up, m.own @ a.down.to(A).T) for a, m in zip(adapters, moments, strict=True)]
     merged, condition = solve_terms(A, terms)

@@ -129,8 +129,3 @@ def regularised_sum(terms: Sequence[tuple[float, Tensor]], alpha: float) -> Tens
 def _right(C: Tensor, alpha: float, down: Tensor) -> Tensor:
     """(C + α‖C‖_F I) downᵀ, (in, r)."""
     return C @ down.T + alpha * C.norm() * down.T
-
-
-def regularised(M: Tensor, alpha: float) -> Tensor:
-    """M + α‖M‖_F I (eq. 7)."""
-    return M + alpha * M.norm() * torch.eye(len(M), dtype=M.dtype, device=M.device)

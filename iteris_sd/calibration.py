@@ -109,7 +109,7 @@ def merge(
     chosen = registry.find(method)
     settings = chosen.validate(parameters or {})
     groups = len(loras) + (chosen.needs == "words")  # generic captions come after the concepts' own
-    problem = _Problem(modules, shares(loras, chosen, settings), samples, groups)
+    problem = _Problem(modules, shares(loras, chosen, settings), samples, groups, chosen.exact(settings))
     solve = _Solver(problem, chosen, settings)
     outcomes, passes, frontier = problem.uncontested(), 0, Frontier(limits.MAX_FRONTIER_BYTES)
     if chosen.needs == "none":
@@ -176,12 +176,14 @@ class _Outcome:
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """What is given: the base layers, the LoRAs, the samples in so many groups. UserError when they do not fit."""
+    """What is given: the base layers, the LoRAs, the samples in so many groups, and whether their moments must be
+    exact. UserError when they do not fit."""
 
     modules: Mapping[str, nn.Module]
     shares: Shares
     samples: Samples | None
     groups: int
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if not self.loras:
@@ -229,6 +231,7 @@ class _Problem:
             arrive,
             self.given_samples(),
             frontier,
+            self.exact,
         )
 
     def adapters(self, name: str) -> list[LowRank]:
@@ -400,7 +403,7 @@ def _require_all(problem: _Problem, reached: Mapping[str, Any]) -> None:
 def _discrepancy(moments: Sequence[Moments]) -> float | None:
     """‖X̃ − X‖ / ‖X‖ over all terms (the paper's Fig. 3a); None where the inputs are zero."""
     size = sum(float(m.own.trace()) for m in moments)
-    return (sum(m.distance() for m in moments) / size) ** 0.5 if size > 0 else None
+    return (sum(m.apart for m in moments) / size) ** 0.5 if size > 0 else None
 
 
 def _measured(problem: _Problem, name: str, site: Site, merged: LowRank) -> LayerReport:

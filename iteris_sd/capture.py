@@ -119,7 +119,8 @@ class Capture:
 
     ``merged``: the merged adapters known so far; None while there are none and X̃ = X. ``arrive(name, batch)`` is
     called for every layer of ``wanted`` when its inputs have been added to its site and before its output is made, and
-    may thus still change ``merged[name]``. ``frontier`` watches what the micro-batches hold.
+    may thus still change ``merged[name]``. ``frontier`` watches what the micro-batches hold. ``exact``: see
+    `Moments.of`.
     """
 
     def __init__(
@@ -131,10 +132,11 @@ class Capture:
         arrive: Arrive | None = None,
         samples: Samples | None = None,
         frontier: Frontier | None = None,
+        exact: bool = True,
     ) -> None:
         self._modules, self._loras, self._wanted = modules, loras, wanted
         self._merged, self._arrive, self._samples = merged, arrive, samples
-        self._frontier = frontier
+        self._frontier, self._exact = frontier, exact
         self._here = local()  # each micro-batch may run in a thread of its own
         # While layers are solved as their inputs arrive, a site lives as long as the tensors it is made of.
         self.sites: MutableMapping[str, Site] = {} if arrive is None else WeakValueDictionary()
@@ -209,8 +211,9 @@ class Capture:
         self.sites[name] = site
         if known is None and site.first == name:
             looked_at = layers.rows(layer, x)
+            X = self._chosen(looked_at[: batch.size], batch)
             X_merged = None if self._merged is None else self._chosen(looked_at[batch.size :], batch)
-            site.add(batch, Moments.of(self._chosen(looked_at[: batch.size], batch), X_merged))
+            site.add(batch, Moments.of(X, X_merged, exact=self._exact))
             batch.saw(x, layer, site)
         elif known is not site:
             raise UserError(

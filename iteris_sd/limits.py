@@ -17,6 +17,8 @@ MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper ca
 MAX_FRONTIER_BYTES = 4 * 1024**3  # what waiting micro-batches may hold in memory; the rest goes to disk
 MAX_COEFFICIENT = 1e3  # a larger ratio silences the other concepts altogether
 
+ROUGH_ALPHA = 1e-5  # from here on a regularisation is a hundred times the rounding of a float32 Gram matrix
+
 # Recipes
 MAX_CONCEPTS = 6  # the captions of more do not fit a picture, and moments grow with their number
 MAX_SEEDS = 16  # rows of the grid; more than a screen shows

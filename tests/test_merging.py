@@ -169,7 +169,36 @@ def test_moments_add_up_over_batches() -> None:
     for part in ("own", "cross", "merged"):
         torch.testing.assert_close(getattr(halves, part), getattr(whole, part))
     assert halves.count == whole.count == 10
-    assert whole.distance() == pytest.approx(float((x - y).square().sum()))
+    assert halves.apart == pytest.approx(whole.apart)
+    assert whole.apart == pytest.approx(float((x - y).square().sum()))
+
+
+def test_a_small_ridge_gets_exact_moments() -> None:
+    assert not find("iteris").exact({"alpha": 1e-4, "alpha_merged": None})
+    assert find("iteris").exact({"alpha": 1e-4, "alpha_merged": 1e-7})
+    assert find("iteris").exact({"alpha": 1e-6})
+    assert find("regmean").exact({"factor": 0.9})
+    x = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)) + 1
+    wanted, rough = Moments.of(x).own, Moments.of(x, exact=False).own
+    assert wanted.dtype == rough.dtype == torch.float64
+    torch.testing.assert_close(wanted, x.double().T @ x.double(), rtol=1e-14, atol=1e-12)
+    off = float((rough - wanted).norm() / wanted.norm())
+    assert 1e-12 < off < 1e-6
+
+
+@pytest.mark.parametrize("small", [1e-7, 1e-3])
+def test_the_engine_takes_products_as_exact_as_the_ridge_asks(small: float, monkeypatch) -> None:
+    asked, of = set(), Moments.of
+
+    def watched(*inputs, exact):
+        asked.add(exact)
+        return of(*inputs, exact=exact)
+
+    toy = TOYS["attention stack"]
+    loras, batches = problem(toy, (2, 3))
+    monkeypatch.setattr(Moments, "of", staticmethod(watched))
+    run(toy, loras, batches, alpha=small)
+    assert asked == {small < 1e-5}
 
 
 @pytest.mark.parametrize("width", [191, 192, 193, 500])
@@ -326,9 +355,9 @@ def test_layers_fed_by_the_same_tensor_share_their_moments(monkeypatch: pytest.M
 
 
 def _counting(made: list[int], of):
-    def counted(*inputs):
+    def counted(*inputs, **options):
         made.append(1)
-        return of(*inputs)
+        return of(*inputs, **options)
 
     return counted
 

@@ -124,6 +124,13 @@ class Method:
         allowed = ", ".join(parameter.name for parameter in self.parameters) or "none"
         raise UserError(f"{self.title} has no parameter {name!r}; its parameters: {allowed}.")
 
+    def exact(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether moments must be free of float32's rounding: unless every α of the validated ``parameters`` is far
+        above it."""
+        ridges = [parameters.get(name) for name in ("alpha", "alpha_merged")]
+        given = [ridge for ridge in ridges if ridge is not None]
+        return not given or min(given) < limits.ROUGH_ALPHA
+
     def scoped(self, parameters: Mapping[str, Any], scope: str) -> dict[str, Any]:
         """Those of the validated ``parameters`` whose scope is ``scope``."""
         return {p.name: parameters[p.name] for p in self.parameters if p.scope == scope}

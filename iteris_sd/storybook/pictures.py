@@ -19,8 +19,12 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 def to_image(tensor: Tensor) -> Image.Image:
     """(3, h, w) in [-1, 1] to a picture."""
-    pixels = tensor.clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_uint8(tensor).permute(1, 2, 0).cpu().numpy())
+
+
+def to_uint8(tensor: Tensor) -> Tensor:
+    """Values in [-1, 1] to 0 … 255."""
+    return tensor.clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int, path: Path) -> None:

@@ -247,12 +247,13 @@ def _both(verdict: train_oracle.Verdict, truth: train_oracle.Truth) -> Tensor:
 def scorer(bench: Bench) -> list[Figure]:
     """Retrieval by caption, and telling individuals apart."""
     tokenizer = CLIPTokenizer.from_pretrained(bench.run.assets / "scorer")
-    unseen = train_clip.Unseen.drawn(bench.run.runs / "scenes")
+    unseen = train_clip.Unseen.drawn(bench.run)
     found = unseen.measured(bench.scorer.model, tokenizer)
     return [
         share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, full captions", found.full, 95.0),
         share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, any caption", found.usual),
         mean("scorer, AUC of unseen individuals, over classes", found.areas, "", 0.95),
+        mean("the same, one of two pictures through the autoencoder", found.rebuilt, ""),
         mean("the same, a second thing in half the pictures", found.in_company, ""),
     ]
 

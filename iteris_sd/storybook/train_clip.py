@@ -3,6 +3,9 @@
 Two losses share one image tower.  A picture finds its caption among others of its batch, and the other way
 round.  And a picture of a thing finds another picture of the same thing among things of its class, on another
 background or in company: so that marks and colours no caption names count as well.
+
+Half of the pictures are shown as the autoencoder gives them back, since every generated picture comes out of it. A
+scorer that had seen only drawn ones told individuals apart in those far better than in the same ones rebuilt.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from iteris_sd.storybook import data, model, world
+from iteris_sd.storybook import autoencoding, data, model, world
 from iteris_sd.storybook.loop import Plan, fit
 from iteris_sd.storybook.pictures import disturbed, to_tensor
 from iteris_sd.storybook.run import Run
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from open_clip.model import CLIP
 
 CONTEXT = model.TEXT_LENGTH
@@ -42,6 +46,7 @@ VIEWS = 10  # pictures of each, one in each place: half of them alone, half in c
 LOOKS_SEED = 20_000_000
 OTHERS_SEED = 30_000_000  # things never trained on
 STRANGERS = 192  # how many of them
+REBUILT = 12_000  # captioned scenes that are also shown as the autoencoder gives them back
 PAIRS = 32
 SHARPNESS = 20.0  # inverse temperature of the second loss
 MAX_LOG_SCALE = float(np.log(100.0))
@@ -130,24 +135,69 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """Pictures as drawn, and as the autoencoder gives them back: captioned scenes (the first few of them rebuilt), and
+    `VIEWS` of each thing, (things, VIEWS, 128, 128, 3) uint8."""
+
+    scenes: data.Scenes
+    scenes_rebuilt: data.Scenes
+    things: np.ndarray
+    things_rebuilt: np.ndarray
+
+    @staticmethod
+    def drawn(run: Run) -> Lessons:
+        """Draw and rebuild them, or open them."""
+        vae, folder = autoencoding.opened(run), run.runs / "scenes"
+        scenes = data.drawn(folder, run.scenes)
+        things = drawn_views(folder, particular_looks(LOOKS, LOOKS_SEED), LOOKS_SEED)
+        few = autoencoding.rebuilt(run.runs, "scenes", vae, scenes.pixels[:REBUILT], run.machine)
+        return Lessons(
+            scenes,
+            data.Scenes(few, scenes.first),
+            things,
+            rebuilt_views(run, vae, f"views_{LOOKS_SEED}", things),
+        )
+
+    def captioned(self, count: int, rng: torch.Generator) -> tuple[list[int], np.ndarray]:
+        """`count` random scenes, half of them rebuilt: their indices and pixels."""
+        rows, drawn = self.scenes.pick(count - count // 2, rng)
+        others, rebuilt = self.scenes_rebuilt.pick(count // 2, rng)
+        return rows + others, np.concatenate([drawn, rebuilt])
+
+    def seen(self, things: np.ndarray, views: np.ndarray, rng: torch.Generator) -> np.ndarray:
+        """Those views of those things, about half of them rebuilt, (n, 128, 128, 3)."""
+        pixels = self.things[things, views]
+        back = (torch.rand(len(pixels), generator=rng) < 0.5).numpy()
+        pixels[back] = self.things_rebuilt[things[back], views[back]]
+        return pixels
+
+
+def rebuilt_views(run: Run, vae: AutoencoderKL, name: str, things: np.ndarray) -> np.ndarray:
+    """Views of things, (things, VIEWS, 128, 128, 3), as the autoencoder gives them back."""
+    flat = things.reshape(-1, *things.shape[2:])
+    return autoencoding.rebuilt(run.runs, name, vae, flat, run.machine).reshape(things.shape)
+
+
 def contrastive_loss(
-    scenes: data.Scenes, ids: Tensor, things: np.ndarray, batch: int, device: torch.device
+    lessons: Lessons, ids: Tensor, batch: int, device: torch.device
 ) -> Callable[[CLIP, torch.Generator], Tensor]:
     """The loss of `fit`: `batch` captioned scenes, and `PAIRS` pairs of pictures of things of one class."""
-    classes = len(world.CLASSES)
+    classes, things = len(world.CLASSES), len(lessons.things)
 
     def pairs(rng: torch.Generator) -> Tensor:
         """(2 PAIRS, 3, h, w): each thing alone, then each in another view."""
         cls = int(torch.randint(classes, (), generator=rng))
-        rows = cls + classes * torch.randperm(len(things) // classes, generator=rng)[:PAIRS].numpy()
+        rows = cls + classes * torch.randperm(things // classes, generator=rng)[:PAIRS].numpy()
         alone = torch.randint(VIEWS // 2, (PAIRS,), generator=rng).numpy()
         other = (alone + torch.randint(1, VIEWS, (PAIRS,), generator=rng).numpy()) % VIEWS
-        pixels = looked_at(np.concatenate([things[rows, alone], things[rows, other]]))
+        both = np.concatenate([rows, rows]), np.concatenate([alone, other])
+        pixels = looked_at(lessons.seen(*both, rng))
         # One order of the colour channels for all, so that it tells nobody apart.
         return pixels[:, torch.randperm(3, generator=rng)]
 
     def loss(module: CLIP, rng: torch.Generator) -> Tensor:
-        rows, drawn = scenes.pick(batch, rng)
+        rows, drawn = lessons.captioned(batch, rng)
         tokens = ids[rows, torch.randint(ids.shape[1], (batch,), generator=rng)].long()
         pixels = disturbed(torch.cat([looked_at(drawn), pairs(rng)]), rng)
         pixels = pixels.to(device, memory_format=torch.channels_last)
@@ -185,17 +235,18 @@ def retrieval(
     return found
 
 
-def told_apart(things: Tensor, classes: int) -> list[float]:
-    """Of each class, the chance that two views of one thing are nearer than views of two, (things, views, d).
+def told_apart(things: Tensor, seen: Tensor, classes: int) -> list[float]:
+    """Of each class, the chance that two views of one thing are nearer than views of two.
 
-    This is the area under the ROC curve; thing k is of class k modulo `classes`.
+    This is the area under the ROC curve. Each pair is one of `things` and one of `seen`, both (things, views, d): the
+    same views, or the same rebuilt; a view is never paired with itself. Thing k is of class k modulo `classes`.
     """
     areas = []
     for cls in range(classes):
-        rows = things[cls::classes]
-        flat, who = rows.flatten(0, 1), torch.arange(len(rows)).repeat_interleave(rows.shape[1])
-        near, same = flat @ flat.T, who[:, None] == who
-        mine, others = near[same & ~torch.eye(len(flat), dtype=torch.bool)], near[~same]
+        rows, others_rows = things[cls::classes], seen[cls::classes]
+        who = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
+        near, same = rows.flatten(0, 1) @ others_rows.flatten(0, 1).T, who[:, None] == who
+        mine, others = near[same & ~torch.eye(len(who), dtype=torch.bool)], near[~same]
         areas.append(float((mine[:, None] > others).float().mean()))
     return areas
 
@@ -267,50 +318,57 @@ def _module(run: Run, vocabulary: int) -> CLIP:
 
 @dataclass(frozen=True, eq=False)
 class Unseen:
-    """What the scorer is measured on: scenes with two captions each, and `VIEWS` pictures of things, never learnt."""
+    """What the scorer is measured on: scenes with two captions each, and `VIEWS` pictures of things, never learnt;
+    these also as the autoencoder gives them back."""
 
     pixels: np.ndarray
     full: Sequence[str]
     usual: Sequence[str]
     things: np.ndarray
+    rebuilt: np.ndarray
 
     @staticmethod
-    def drawn(directory: Path) -> Unseen:
+    def drawn(run: Run) -> Unseen:
         """Draw them, or open them."""
+        directory = run.runs / "scenes"
         scenes = data.drawn(directory, QUERIES, EVALUATED)
         captions = scenes.captions()
         # Of one seed the same looks come first: those after them are not trained on.
         strangers = particular_looks(LOOKS + STRANGERS, LOOKS_SEED)[LOOKS:]
         things = drawn_views(directory, strangers, OTHERS_SEED)
-        return Unseen(scenes.pixels[:], [c[0] for c in captions], [c[1] for c in captions], things)
+        rebuilt = rebuilt_views(run, autoencoding.opened(run), f"views_{OTHERS_SEED}", things)
+        return Unseen(scenes.pixels[:], [c[0] for c in captions], [c[1] for c in captions], things, rebuilt)
 
     def measured(self, module: CLIP, tokenizer: CLIPTokenizer) -> Measured:
         """What the scorer makes of it."""
         pictures = embedded(module, self.pixels)
-        things = embedded(module, self.things.reshape(-1, *self.things.shape[2:]))
+        things, rebuilt = (
+            embedded(module, views.reshape(-1, *views.shape[2:])).unflatten(0, views.shape[:2])
+            for views in (self.things, self.rebuilt)
+        )
+        alone, classes = slice(VIEWS // 2), len(world.CLASSES)
         return Measured(
             retrieval(module, tokenizer, pictures, self.full),
             retrieval(module, tokenizer, pictures, self.usual),
-            *self._told_apart(things.unflatten(0, self.things.shape[:2])),
+            told_apart(things[:, alone], things[:, alone], classes),
+            told_apart(things[:, alone], rebuilt[:, alone], classes),
+            told_apart(things, things, classes),
         )
-
-    def _told_apart(self, things: Tensor) -> tuple[list[float], list[float]]:
-        """From the views where each thing is alone, and from all."""
-        classes = len(world.CLASSES)
-        return told_apart(things[:, : VIEWS // 2], classes), told_apart(things, classes)
 
 
 @dataclass(frozen=True)
 class Measured:
     """Whether each caption found its picture, by full and by usual captions; and the AUC of each class.
 
-    `areas` are of pictures of one thing. Those `in_company` count pictures with a second thing, too: what an embedding
-    of a whole picture says of them is as much about the other thing.
+    `areas` are of pictures of one thing, `rebuilt` those of a drawn picture and one that came through the autoencoder.
+    Those `in_company` count pictures with a second thing, too: what an embedding of a whole picture says of them is as
+    much about the other thing.
     """
 
     full: list[bool]
     usual: list[bool]
     areas: list[float]
+    rebuilt: list[float]
     in_company: list[float]
 
     def rows(self) -> list[tuple[str, int, str]]:
@@ -319,6 +377,7 @@ class Measured:
             (f"retrieval of 1 of {CHOICES}, full captions", len(self.full), f"{np.mean(self.full):.4f}"),
             (f"retrieval of 1 of {CHOICES}, any caption", len(self.usual), f"{np.mean(self.usual):.4f}"),
             ("AUC of unseen individuals, mean of classes", len(self.areas), f"{np.mean(self.areas):.4f}"),
+            ("the same, one of two pictures rebuilt", len(self.areas), f"{np.mean(self.rebuilt):.4f}"),
             (
                 "the same, a second thing in half the pictures",
                 len(self.areas),
@@ -329,13 +388,12 @@ class Measured:
 
 def train(run: Run) -> None:
     """Train and write `assets/scorer`; the figures go to `clip/figures.csv` under `runs`."""
-    drawn = data.drawn(run.runs / "scenes", run.scenes)
-    things = drawn_views(run.runs / "scenes", particular_looks(LOOKS, LOOKS_SEED), LOOKS_SEED)
-    captions = drawn.captions()
+    lessons = Lessons.drawn(run)
+    captions = lessons.scenes.captions()
     tokenizer = _tokenizer(run, captions)
     ids = tokenised(tokenizer, [c for wordings in captions for c in wordings])
     ids = ids.view(len(captions), -1, CONTEXT)
-    unseen = Unseen.drawn(run.runs / "scenes")
+    unseen = Unseen.drawn(run)
     plan = Plan(
         "clip",
         run.steps or 2400,
@@ -357,6 +415,6 @@ def train(run: Run) -> None:
 
     torch.manual_seed(plan.seed)
     module = _module(run, len(tokenizer))
-    loss = contrastive_loss(drawn, ids, things, plan.batch, run.machine.device)
+    loss = contrastive_loss(lessons, ids, plan.batch, run.machine.device)
     average = fit(plan, module, loss, run.runs / "clip", run.machine, measure)
     write(average, len(tokenizer), run.assets / "scorer")

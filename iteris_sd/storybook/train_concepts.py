@@ -20,10 +20,10 @@ from PIL import Image
 
 from iteris_sd import formats
 from iteris_sd.storybook import data, world
+from iteris_sd.storybook.autoencoding import encoded
 from iteris_sd.storybook.machine import suit
 from iteris_sd.storybook.pictures import contact_sheet
 from iteris_sd.storybook.run import Run
-from iteris_sd.storybook.train_unet import encoded
 from iteris_sd.training import Examples, Progress, Settings, Trained
 from iteris_sd.training import train as train_concept
 

@@ -8,9 +8,7 @@ fifth of the U-Net's rate.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from iteris_sd.storybook import data, model
+from iteris_sd.storybook import autoencoding, data, model
 from iteris_sd.storybook.loop import Plan, fit
-from iteris_sd.storybook.machine import Machine, suit
-from iteris_sd.storybook.pictures import contact_sheet, to_tensor
+from iteris_sd.storybook.machine import suit
+from iteris_sd.storybook.pictures import contact_sheet
 from iteris_sd.storybook.run import Run
 
 UNCAPTIONED = 0.1  # share of pictures learnt without their caption, for classifier-free guidance
@@ -68,23 +66,6 @@ def velocity_loss(
     predicted = unet(noisy, times.to(latents.device), states).sample
     error = F.mse_loss(predicted.float(), target, reduction="none")
     return error.mean(dim=(1, 2, 3))
-
-
-def encoded(runs: Path, vae: AutoencoderKL, scenes: data.Scenes, machine: Machine) -> Tensor:
-    """Scaled latents of all scenes, (n, c, 16, 16) float16, computed once for one autoencoder."""
-    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters()))
-    name = f"latents_{scenes.first}_{len(scenes)}_{weights.hexdigest()[:12]}.npy"
-    path = runs / "scenes" / name
-    if not path.exists():
-        blocks = []
-        for k in range(0, len(scenes), 64):
-            pixels = to_tensor(scenes.pixels[k : k + 64])
-            pixels = pixels.to(vae.device, memory_format=torch.channels_last)
-            with torch.inference_mode(), machine.autocast():
-                mean = vae.encode(pixels).latent_dist.mean
-            blocks.append(mean.float().mul(vae.config.scaling_factor).half().cpu())
-        np.save(path, torch.cat(blocks).numpy())
-    return torch.from_numpy(np.load(path))
 
 
 def tokenised(tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]]) -> Tensor:
@@ -132,12 +113,11 @@ def train(run: Run) -> None:
     """Train and write everything under `assets/storybook` but the autoencoder, which must be there already."""
     folder, machine = run.storybook, run.machine
     drawn = data.drawn(run.runs / "scenes", run.scenes)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    vae.to(machine.device, memory_format=torch.channels_last).requires_grad_(False)
+    vae = autoencoding.opened(run)
     captions = drawn.captions()
     tokenizer = model.kept_tokenizer(folder / "tokenizer", captions)
     ids, empty = tokenised(tokenizer, captions), tokenised(tokenizer, [[""]])[0, 0].long()
-    latents = encoded(run.runs, vae, drawn, machine)
+    latents = autoencoding.encoded(run.runs, vae, drawn, machine)
     plan = Plan(
         "unet",
         run.steps or 8000,

@@ -57,8 +57,7 @@ class Concept:
         content = formats.read(self.lora)
         tokens = dict(content.tokens)
         for path in self.embeddings:
-            token, vectors = formats.read_embedding(path)
-            tokens[token] = vectors
+            tokens |= formats.read_embeddings(path)
         return Loaded(self, content.lora, tokens)
 
     def pictures(self) -> list[Image.Image]:

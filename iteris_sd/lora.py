@@ -132,6 +132,13 @@ class LoRA(Mapping[str, LowRank]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def tensors(self, name: str) -> tuple[Tensor, Tensor]:
+        """down and up of a layer as files hold them: with kernels, (r, in, h, w) and (out, r, 1, 1), if it has one."""
+        adapter, kernel = self.layers[name], self.kernels.get(name)
+        if kernel is None:
+            return adapter.down, adapter.up
+        return adapter.down.unflatten(1, (-1, *kernel)), adapter.up[:, :, None, None]
+
     def scaled(self, c: float) -> "LoRA":
         """c·ΔW in every layer: a concept's *weight*."""
         return LoRA({name: adapter.scaled(c) for name, adapter in self.items()}, self.kernels)

@@ -91,7 +91,9 @@ def test_merge(place: Path) -> None:
     assert printed.count("Written: ") == 3
     read = formats.read(place / "sub" / "dog+barn.safetensors")
     assert read.metadata["method"] == "linear" and len(read.lora) == 40
-    tokens = [formats.read_embedding(path)[0] for path in Path("sub/dog+barn.embeddings").iterdir()]
+    tokens = [
+        token for path in Path("sub/dog+barn.embeddings").iterdir() for token in formats.read_embeddings(path)
+    ]
     assert sorted(tokens) == ["<lucky>", "<rex>"]
     done(
         "merge",

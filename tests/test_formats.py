@@ -97,11 +97,11 @@ def test_an_alpha_tensor_is_applied(tmp_path: Path) -> None:
 def test_a_token_is_read_back_as_written(tmp_path: Path) -> None:
     vectors = torch.randn(3, 8)
     formats.write_embedding(tmp_path / "dog.safetensors", "<dog>", vectors)
-    token, found = formats.read_embedding(tmp_path / "dog.safetensors")
+    ((token, found),) = formats.read_embeddings(tmp_path / "dog.safetensors").items()
     assert token == "<dog>"
     assert torch.equal(found, vectors)
     save_file({"<cat>": vectors[0].clone()}, tmp_path / "cat.safetensors")
-    assert formats.read_embedding(tmp_path / "cat.safetensors")[1].shape == (1, 8)
+    assert formats.read_embeddings(tmp_path / "cat.safetensors")["<cat>"].shape == (1, 8)
 
 
 def test_writing_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def truncated(path: Path) -> Path:
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda p: None, "cannot be read .No such file"),
-    "folder": (lambda p: p.mkdir(), "it is not a file"),
+    "folder": (lambda p: p.mkdir(), "there is no adapter_config.json in it"),
     "empty": (lambda p: raw(p, b""), "empty or cut off"),
     "text": (lambda p: raw(p, b"just some words, no tensors at all"), "header length makes no sense"),
     "lfs pointer": (
@@ -175,9 +175,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "cut off inside",
     ),
     "integers": (lambda p: save_file({"x": torch.ones(2, dtype=torch.int32)}, p), "of type I32"),
-    "no LoRA": (lambda p: save_file({"model.weight": torch.ones(2, 2)}, p), "no LoRA of a known layout"),
-    "no up": (lambda p: peft(p, up=None), "without the lora_B.weight"),
-    "no down": (lambda p: peft(p, down=None), "without the lora_A.weight"),
+    "no LoRA": (
+        lambda p: save_file({"model.weight": torch.ones(2, 2)}, p),
+        "no part of a plain LoRA in any known layout",
+    ),
+    "no up": (lambda p: peft(p, up=None), "without the up factor"),
+    "no down": (lambda p: peft(p, down=None), "without the down factor"),
     "mismatch": (lambda p: peft(p, up=torch.ones(6, 3)), "do not fit each other"),
     "convolution": (lambda p: peft(p, down=torch.ones(2, 4, 3, 3)), "only LoRA on linear layers"),
     "rank": (
@@ -200,7 +203,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "twice": (
         lambda p: save_file({f"{stem}.lora_A.weight": torch.ones(2, 4) for stem in (TEXT_Q, FILE_TEXT_Q)}, p),
-        "twice, with and without text_model",
+        "holds the down of text_encoder.* twice",
     ),
 }
 
@@ -227,7 +230,8 @@ def test_a_file_over_the_size_limit_is_not_opened(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"<a>": torch.ones(4), "<b>": torch.ones(4)}, "holds 2 tensors"),
+        ({f"<{k}>": torch.ones(4) for k in range(limits.MAX_TOKENS + 1)}, "tokens are read"),
+        ({"clip_g": torch.ones(4), "clip_l": torch.ones(4)}, "Stable Diffusion XL"),
         ({"<a>": torch.ones(2, 2, 2)}, r"\(vectors, width\) is expected"),
         ({"<a>": torch.ones(limits.MAX_TOKEN_VECTORS + 1, 2)}, r"\(vectors, width\) is expected"),
         ({"<a>": torch.full((4,), float("nan"))}, "NaN or infinity"),
@@ -241,7 +245,7 @@ def test_a_bad_embedding_gets_one_clear_sentence(
 ) -> None:
     save_file(tensors, tmp_path / "token.safetensors")
     with pytest.raises(UserError, match=message):
-        formats.read_embedding(tmp_path / "token.safetensors")
+        formats.read_embeddings(tmp_path / "token.safetensors")
 
 
 # What diffusers makes of our files

@@ -17,12 +17,16 @@ from iteris_sd.errors import UserError
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
+_PICKLE = (
+    "a pickle can run any code when it is opened, so only .safetensors files are; if you trust it, convert it where "
+    "you trained it: torch.load, then safetensors.torch.save_file"
+)
 _IMPOSTORS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (b"<!doctype html", "a web page, not the file itself; download it again from the page's download link"),
     (b"<html", "a web page, not the file itself; download it again from the page's download link"),
-    (b"pk\x03\x04", "a zip archive or a PyTorch pickle; only .safetensors files are opened, for safety"),
-    (b"\x80\x02", "a PyTorch pickle; only .safetensors files are opened, for safety"),
+    (b"pk\x03\x04", f"a zip archive or a PyTorch pickle; {_PICKLE}"),
+    *((bytes([0x80, n]), f"a PyTorch pickle; {_PICKLE}") for n in (2, 3, 4, 5)),
 )
 
 

@@ -1,40 +1,94 @@
-"""What a dialect tells the reader: which tensors of a file belong together, by the file's header alone."""
+"""What the dialects tell the reader: which tensors of a file belong together, by the file's header alone."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from iteris_sd.errors import UserError
+
+Role = Literal["down", "up", "mid", "alpha", "token"]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The tensors of one layer, by key, and its alpha: ΔW = alpha / rank · up @ down (alpha = rank if unset).
+class Claim:
+    """What one key of a file means: a ``role`` in the layer of a canonical ``name``, or the vectors of a token."""
 
-    ``alpha_key`` names a tensor of one number; ``alpha`` is a value found in the metadata;
-    ``rank_stabilised`` divides by √rank instead.
-    """
+    name: str
+    role: Role
 
-    down: str
-    up: str
-    alpha_key: str | None = None
+
+@dataclass(frozen=True)
+class Scale:
+    """How a layer is scaled where no tensor says so: ΔW = alpha / rank · up @ down, or by √rank."""
+
     alpha: float | None = None
     rank_stabilised: bool = False
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Canonical layer name -> its tensors, and learned token -> the key of its vectors."""
-
-    layers: Mapping[str, Pair]
-    tokens: Mapping[str, str] = field(default_factory=dict)
-
-
 class Dialect(Protocol):
-    """One way of naming the tensors of a LoRA file; a module with these two functions is a dialect."""
+    """One way of naming the tensors of a LoRA file; a module with this name and function is a dialect."""
 
     NAME: str
 
-    def matches(self, keys: Iterable[str]) -> bool:
-        """Whether a file with these keys is written in this dialect."""
+    def claim(self, key: str) -> Claim | None:
+        """What a key means in this dialect; None if nothing."""
 
-    def parse(self, keys: Iterable[str], metadata: Mapping[str, str]) -> Layout:
-        """Sort the keys into layers. Raises UserError for keys without partner or of unknown meaning."""
+
+@dataclass(frozen=True)
+class Pair:
+    """The tensors of one layer, by key: ΔW = alpha / rank · up @ down (alpha = rank if unset).
+
+    ``alpha`` names a tensor of one number. With ``mid`` a convolution is up · mid · down, down and up having kernels
+    of one pixel (LoCon's Tucker form).
+    """
+
+    down: str
+    up: str
+    mid: str | None = None
+    alpha: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Canonical layer name -> its tensors, learned token -> the key of its vectors, and the dialect of most keys."""
+
+    layers: Mapping[str, Pair]
+    tokens: Mapping[str, str]
+    dialect: str
+
+
+def sort(keys: Iterable[str], dialects: Sequence[Dialect]) -> Layout:
+    """Sort a file's keys into layers and tokens; files may mix dialects.
+
+    Raises UserError for a key that no dialect knows, a factor without partner, or a layer that is there twice.
+    """
+    found: dict[str, dict[str, str]] = {}
+    tokens: dict[str, str] = {}
+    spoken: list[str] = []
+    for key in keys:
+        claim, dialect = _claimed(key, dialects)
+        spoken.append(dialect)
+        place = tokens if claim.role == "token" else found.setdefault(claim.name, {})
+        if (other := place.setdefault(claim.name if place is tokens else claim.role, key)) != key:
+            raise UserError(f"It holds the {claim.role} of {claim.name} twice, as {other!r} and as {key!r}.")
+    layers = {name: _pair(name, roles) for name, roles in found.items()}
+    return Layout(layers, tokens, max(sorted(set(spoken)), key=spoken.count))
+
+
+def _claimed(key: str, dialects: Sequence[Dialect]) -> tuple[Claim, str]:
+    for dialect in dialects:
+        claim = dialect.claim(key)
+        if claim is not None:
+            return claim, dialect.NAME
+    known = ", ".join(dialect.NAME for dialect in dialects)
+    raise UserError(f"It holds {key!r}, which is no part of a plain LoRA in any known layout ({known}).")
+
+
+def _pair(name: str, roles: Mapping[str, str]) -> Pair:
+    for role in ("down", "up"):
+        if role not in roles:
+            found = next(iter(roles.values()))
+            raise UserError(
+                f"It holds {found!r} without the {role} factor that belongs to it; the file is incomplete."
+            )
+    return Pair(roles["down"], roles["up"], roles.get("mid"), roles.get("alpha"))

@@ -1,7 +1,8 @@
-"""Read LoRA and embedding files: header first, then the dialect, then the tensors; faults are UserErrors."""
+"""Read LoRA and embedding files: header first, then the layout, then the tensors; faults are UserErrors."""
 
+import hashlib
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,54 +14,58 @@ from torch import Tensor
 
 from iteris_sd import limits
 from iteris_sd.errors import UserError
-from iteris_sd.formats import diffusers
-from iteris_sd.formats.header import Entry, Header, read_header
-from iteris_sd.formats.layout import Dialect, Layout, Pair
+from iteris_sd.formats import diffusers, kohya, old_diffusers, peft_config, peft_folder, pivotal, refusing
+from iteris_sd.formats.header import Entry, read_header
+from iteris_sd.formats.layout import Dialect, Layout, Pair, Scale, sort
 from iteris_sd.lora import LoRA, LowRank
 
-DIALECTS: tuple[Dialect, ...] = (cast(Dialect, diffusers),)
+DIALECTS = cast(Sequence[Dialect], (diffusers, kohya, old_diffusers, pivotal, peft_folder))
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """What a LoRA file holds: the LoRA, learned tokens -> (vectors, dim), metadata and dialect."""
+    """What a LoRA file holds: the LoRA, learned tokens -> (vectors, dim), metadata, dialect, and the SHA-256 of its
+    bytes."""
 
     lora: LoRA
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     dialect: str = diffusers.NAME
+    sha256: str = ""
 
 
 def read(path: str | Path) -> LoraFile:
-    """Read a LoRA file. Tensors come in float32, or float64 where the file has it, scale applied.
+    """Read a LoRA file, or a folder that PEFT has saved an adapter into.
 
-    Raises UserError naming the file when it is missing, damaged, of an unknown kind, or out of bounds.
+    Tensors come in float32, or float64 where the file has it, scale applied. Raises UserError naming the file when it
+    is missing, damaged, of an unknown kind, or out of bounds.
     """
     path = Path(path)
     with _naming(path):
-        header = read_header(path, limits.MAX_FILE_BYTES)
-        dialect = _dialect(header)
-        layout = dialect.parse(header.entries, header.metadata)
-        for name, pair in layout.layers.items():
-            _check_shapes(name, pair, header.entries)
-        return _load(path, header, dialect.NAME, layout)
+        if path.is_dir():
+            return _read_folder(path)
+        return _read_file(path)
 
 
-def read_embedding(path: str | Path) -> tuple[str, Tensor]:
-    """Read a learned token: its name and its vectors (vectors, dim), in float32 at least.
+def read_embeddings(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of learned tokens: token -> its vectors (vectors, dim), in float32 at least.
 
-    Raises UserError naming the file when it is missing, damaged, holds other than one token, or is out of
-    bounds.
+    Diffusers' files name their tokens; A1111's (``emb_params``) and those of diffusers' advanced training (``clip_l``)
+    hold one that is called as the file. Raises UserError naming the file when it is missing, damaged, holds other
+    than tokens, or is out of bounds.
     """
     path = Path(path)
     with _naming(path):
         header = read_header(path, limits.MAX_EMBEDDING_BYTES)
-        if len(header.entries) != 1:
-            raise UserError(f"it holds {len(header.entries)} tensors; the file of a learned token holds one.")
-        ((token, entry),) = header.entries.items()
-        _check_token(token, entry)
+        if "clip_g" in header.entries:
+            raise UserError("it is a token for Stable Diffusion XL (it holds 'clip_g').")
+        names = {key: path.stem if key in ("emb_params", "clip_l") else key for key in header.entries}
+        if len(names) > limits.MAX_TOKENS:
+            raise UserError(f"it holds {len(names)} tensors; at most {limits.MAX_TOKENS} tokens are read.")
+        for key, token in names.items():
+            _check_token(token, header.entries[key])
         with safe_open(path, framework="pt") as file:
-            return token, torch.atleast_2d(_tensor(file, token))
+            return {token: torch.atleast_2d(_tensor(file, key)) for key, token in names.items()}
 
 
 @contextmanager
@@ -75,13 +80,48 @@ def _naming(path: Path) -> Generator[None]:
         raise UserError(f"{path.name} cannot be used: its content is damaged ({error}).") from error
 
 
-def _dialect(header: Header) -> Dialect:
-    for dialect in DIALECTS:
-        if dialect.matches(header.entries):
-            return dialect
-    known = ", ".join(dialect.NAME for dialect in DIALECTS)
-    example = next(iter(header.entries))
-    raise UserError(f"it is no LoRA of a known layout ({known}); its first tensor is called {example!r}.")
+def _read_folder(folder: Path) -> LoraFile:
+    parts = [_read_file(place / peft_folder.WEIGHTS) for place in peft_folder.adapters(folder)]
+    layers = [name for part in parts for name in part.lora]
+    if len(layers) != len(set(layers)):
+        raise UserError("it holds some layers twice, in several adapters; name one of its folders.")
+    return LoraFile(
+        LoRA(
+            {name: adapter for part in parts for name, adapter in part.lora.items()},
+            {name: kernel for part in parts for name, kernel in part.lora.kernels.items()},
+        ),
+        metadata={key: value for part in parts for key, value in part.metadata.items()},
+        dialect=peft_folder.NAME,
+        sha256=hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest(),
+    )
+
+
+def _read_file(path: Path) -> LoraFile:
+    header = read_header(path, limits.MAX_FILE_BYTES)
+    refusing.check(header.entries)
+    layout = sort(header.entries, DIALECTS)
+    if not layout.layers:
+        raise UserError("it holds learned tokens and no LoRA; add it to a concept as its token.")
+    scales = _scales(path, layout, header.metadata)
+    for name, pair in layout.layers.items():
+        _check_shapes(name, pair, header.entries)
+    for token, key in layout.tokens.items():
+        _check_token(token, header.entries[key])
+    with safe_open(path, framework="pt") as file:
+        layers = {n: _adapter(file, pair, scales.get(n, Scale())) for n, pair in layout.layers.items()}
+        tokens = {token: torch.atleast_2d(_tensor(file, key)) for token, key in layout.tokens.items()}
+    shapes = {name: header.entries[pair.mid or pair.down].shape for name, pair in layout.layers.items()}
+    kernels = {name: (shape[2], shape[3]) for name, shape in shapes.items() if len(shape) == 4}
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return LoraFile(LoRA(layers, kernels), tokens, header.metadata, layout.dialect, digest)
+
+
+def _scales(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Mapping[str, Scale]:
+    """The scale of each layer, as far as no tensor tells it."""
+    if layout.dialect == peft_folder.NAME:
+        return peft_config.scales(layout.layers, peft_folder.config(path.parent))
+    return diffusers.scales(layout.layers, metadata)
 
 
 def _check_shapes(name: str, pair: Pair, entries: Mapping[str, Entry]) -> None:
@@ -90,44 +130,47 @@ def _check_shapes(name: str, pair: Pair, entries: Mapping[str, Entry]) -> None:
         raise UserError(
             f"the factors of {name} have shapes {down} and {up}; only LoRA on linear layers and convolutions is read."
         )
-    if down[0] != up[1]:
+    if pair.mid is not None:
+        _check_mid(name, entries[pair.mid].shape, down, up)
+    elif down[0] != up[1]:
         raise UserError(f"the factors of {name} do not fit each other: down is {down} and up is {up}.")
-    if not 1 <= down[0] <= limits.MAX_RANK:
-        raise UserError(f"{name} has rank {down[0]}; from 1 to {limits.MAX_RANK} are read.")
-    width = math.prod(down[1:])
+    if not 1 <= up[1] <= limits.MAX_RANK:
+        raise UserError(f"{name} has rank {up[1]}; from 1 to {limits.MAX_RANK} are read.")
+    width = math.prod(down[1:] if pair.mid is None else (down[1], *entries[pair.mid].shape[2:]))
     if not 1 <= min(width, up[0]) <= max(width, up[0]) <= limits.MAX_WIDTH:
         raise UserError(f"{name} is {up[0]} × {width}; widths from 1 to {limits.MAX_WIDTH:,} are read.")
-    if pair.alpha_key and entries[pair.alpha_key].shape not in ((), (1,)):
+    if pair.alpha and entries[pair.alpha].shape not in ((), (1,)):
+        raise UserError(f"{pair.alpha!r} should be one number, its shape is {entries[pair.alpha].shape}.")
+
+
+def _check_mid(name: str, mid: Sequence[int], down: Sequence[int], up: Sequence[int]) -> None:
+    """A Tucker factorisation: down and up with kernels of one pixel around a core."""
+    fits = len(mid) == 4 and list(down[2:]) == [1, 1] and mid[1] == down[0] and mid[0] == up[1]
+    if not fits or not 1 <= down[0] <= limits.MAX_RANK:
         raise UserError(
-            f"{pair.alpha_key!r} should be one number, its shape is {entries[pair.alpha_key].shape}."
+            f"the factors of {name} do not fit each other: down is {tuple(down)}, mid {tuple(mid)} and up {tuple(up)}."
         )
 
 
 def _check_token(token: str, entry: Entry) -> None:
-    vectors, dim = (
-        entry.shape if len(entry.shape) == 2 else (1, *entry.shape) if len(entry.shape) == 1 else (0, 0)
-    )
+    shape = entry.shape
+    vectors, dim = shape if len(shape) == 2 else (1, *shape) if len(shape) == 1 else (0, 0)
     if not (1 <= vectors <= limits.MAX_TOKEN_VECTORS and 1 <= dim <= limits.MAX_WIDTH):
-        raise UserError(f"the token's tensor has shape {entry.shape}; (vectors, width) is expected.")
+        raise UserError(f"the token's tensor has shape {shape}; (vectors, width) is expected.")
     if not 1 <= len(token) <= limits.MAX_TOKEN_CHARS or not token.isprintable() or token != token.strip():
         raise UserError(f"the name of its token, {token[:40]!r}, cannot be used in a prompt.")
 
 
-def _load(path: Path, header: Header, dialect: str, layout: Layout) -> LoraFile:
-    with safe_open(path, framework="pt") as file:
-        layers = {name: _adapter(file, pair) for name, pair in layout.layers.items()}
-        shapes = {name: header.entries[pair.down].shape for name, pair in layout.layers.items()}
-        tokens = {token: torch.atleast_2d(_tensor(file, key)) for token, key in layout.tokens.items()}
-    kernels = {name: (shape[2], shape[3]) for name, shape in shapes.items() if len(shape) == 4}
-    return LoraFile(LoRA(layers, kernels), tokens, header.metadata, dialect)
-
-
-def _adapter(file: safe_open, pair: Pair) -> LowRank:
-    adapter = LowRank(_tensor(file, pair.down).flatten(1), _tensor(file, pair.up).flatten(1))
-    alpha = _tensor(file, pair.alpha_key).item() if pair.alpha_key else pair.alpha
+def _adapter(file: safe_open, pair: Pair, scale: Scale) -> LowRank:
+    down, up = _tensor(file, pair.down), _tensor(file, pair.up).flatten(1)
+    if pair.mid is not None:
+        down = torch.einsum("srhw,rc->schw", _tensor(file, pair.mid), down.flatten(1))
+    adapter = LowRank(down.flatten(1), up)
+    alpha = _tensor(file, pair.alpha).item() if pair.alpha else scale.alpha
     if alpha is None:
         return adapter
-    return adapter.scaled(alpha / (adapter.rank**0.5 if pair.rank_stabilised else adapter.rank))
+    stabilised = scale.rank_stabilised and pair.alpha is None
+    return adapter.scaled(alpha / (adapter.rank**0.5 if stabilised else adapter.rank))
 
 
 def _tensor(file: safe_open, key: str) -> Tensor:

@@ -1,30 +1,67 @@
-"""Write LoRA and embedding files in the diffusers/PEFT layout; a file appears whole or not at all."""
+"""Write LoRA and embedding files for other tools; a file appears whole or not at all.
 
+| layout    | who loads it                              | what                                                     |
+|-----------|-------------------------------------------|----------------------------------------------------------|
+| diffusers | diffusers, ComfyUI                        | one file, scale 1, one rank per component                |
+| kohya     | A1111, Forge, ComfyUI, kohya's sd-scripts | one file, alpha = rank; learned tokens inside, if wanted |
+| peft      | PEFT                                      | a folder with ``unet`` and ``text_encoder``              |
+"""
+
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from iteris_sd.errors import UserError
-from iteris_sd.formats import diffusers
+from iteris_sd.formats import diffusers, kohya, peft_folder
 from iteris_sd.lora import LoRA
+
+Layout = Literal["diffusers", "kohya", "peft"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
 def write(
-    path: str | Path, lora: LoRA, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
-) -> None:
-    """Write ``lora`` so that diffusers, A1111 and ComfyUI load it at scale 1; dtype kept unless given.
+    path: str | Path,
+    lora: LoRA,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    layout: Layout = "diffusers",
+    tokens: Mapping[str, Tensor] | None = None,
+) -> list[Path]:
+    """Write ``lora`` in a layout, scale 1; dtype kept unless given. Returns the files written.
 
-    Within a component the factors are padded with zeros to one rank: most loaders set one alpha per file, so
-    that unequal ranks would be scaled unequally. ΔW is unchanged.
+    ``path`` is a file, or a folder for ``peft``. ``tokens`` (vectors, dim) go into the file, which only ``kohya``'s
+    layout has room for. The factors of a component are padded with zeros to one rank: most loaders, diffusers' for
+    kohya's files among them, set one alpha for all, so that unequal ranks would be scaled unequally. ΔW is unchanged.
 
-    Raises UserError when a value does not fit ``dtype`` or the file cannot be written.
+    Raises UserError when a value does not fit ``dtype``, tokens have no room, or a file cannot be written.
     """
-    _save(path, diffusers.name_tensors(_even(lora)), metadata, dtype)
+    path = Path(path)
+    if tokens and layout != "kohya":
+        raise UserError(
+            f"Files in the layout {layout!r} have no room for learned tokens; write these beside it."
+        )
+    lora = _even(lora)
+    if layout == "kohya":
+        _save(path, kohya.name_tensors(lora, tokens), metadata, dtype)
+        return [path]
+    if layout == "diffusers":
+        _save(path, diffusers.name_tensors(lora), metadata, dtype)
+        return [path]
+    written = []
+    for component, part in peft_folder.components(lora):
+        weights, config = (path / component / name for name in (peft_folder.WEIGHTS, peft_folder.CONFIG))
+        _save(weights, peft_folder.name_tensors(part), metadata, dtype)
+        settings = peft_folder.settings(part, (metadata or {}).get("base"))
+        _replace(config, (json.dumps(settings, indent=2) + "\n").encode())
+        written += [weights, config]
+    return written
 
 
 def write_embedding(path: str | Path, token: str, vectors: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,447 @@
+"""Every layout of LoRA files that people have: how its keys are read, what others make of ours, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iteris_sd import formats
+from iteris_sd.errors import UserError
+from iteris_sd.formats import naming
+from iteris_sd.lora import LoRA, LowRank
+from tests.test_formats import pipeline  # noqa: F401 - a fixture
+from tests.toys import random_adapter
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+Q, OUT = f"unet.{BLOCK}.attn1.to_q", f"unet.{BLOCK}.attn1.to_out.0"
+CONV = "unet.down_blocks.0.resnets.0.conv1"
+TEXT_Q = "text_encoder.encoder.layers.1.self_attn.q_proj"
+REAL = Path(__file__).resolve().parents[2] / "shared" / "loras"
+
+
+def adapter(out: int = 6, width: int = 4, rank: int = 2, seed: int = 0) -> LowRank:
+    return random_adapter(out, width, rank, torch.Generator().manual_seed(seed)).to(dtype=torch.float32)
+
+
+def sd15_layers() -> dict[str, nn.Module]:
+    """Every linear and convolutional layer of Stable Diffusion v1.5's U-Net, without memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    return {f"unet.{n}": m for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+# Reading
+
+SPELLINGS = {
+    "PEFT": (f"unet.{BLOCK}.attn1.to_q.lora_A.weight", f"unet.{BLOCK}.attn1.to_q.lora_B.weight", Q),
+    "PEFT, adapter named": (
+        f"unet.{BLOCK}.attn1.to_q.lora_A.default.weight",
+        f"unet.{BLOCK}.attn1.to_q.lora_B.default.weight",
+        Q,
+    ),
+    "older": (f"unet.{BLOCK}.attn1.to_q.lora.down.weight", f"unet.{BLOCK}.attn1.to_q.lora.up.weight", Q),
+    "older, bare": (
+        f"{BLOCK}.attn1.to_out.0.lora.down.weight",
+        f"{BLOCK}.attn1.to_out.0.lora.up.weight",
+        OUT,
+    ),
+    "older text": (
+        "text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.down.weight",
+        "text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.up.weight",
+        TEXT_Q,
+    ),
+    "oldest": (
+        f"unet.{BLOCK}.attn1.processor.to_q_lora.down.weight",
+        f"unet.{BLOCK}.attn1.processor.to_q_lora.up.weight",
+        Q,
+    ),
+    "oldest, bare": (
+        f"{BLOCK}.attn1.processor.to_out_lora.down.weight",
+        f"{BLOCK}.attn1.processor.to_out_lora.up.weight",
+        OUT,
+    ),
+    "oldest text": (
+        "text_encoder.text_model.encoder.layers.1.self_attn.to_q_lora.down.weight",
+        "text_encoder.text_model.encoder.layers.1.self_attn.to_q_lora.up.weight",
+        TEXT_Q,
+    ),
+    "kohya": (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+        Q,
+    ),
+    "kohya, to_out": (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+        OUT,
+    ),
+    "kohya, prefix twice": (
+        "lora_unet_lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lora_unet_lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+        Q,
+    ),
+    "kohya, PEFT factors": (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_A.weight",
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_B.weight",
+        Q,
+    ),
+    "kohya text": (
+        "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight",
+        "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight",
+        TEXT_Q,
+    ),
+    "kohya, original names": (
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_up.weight",
+        Q,
+    ),
+    "pivotal": ("unet:0:down", "unet:0:up", Q),
+    "pivotal text": ("text_encoder:6:down", "text_encoder:6:up", TEXT_Q),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_a_layer_is_understood(tmp_path: Path, spelling: str) -> None:
+    down, up, name = SPELLINGS[spelling]
+    save_file({down: adapter().down, up: adapter().up}, tmp_path / "some.safetensors")
+    found = formats.read(tmp_path / "some.safetensors")
+    assert list(found.lora) == [name]
+    assert torch.equal(found.lora[name].delta(), adapter().delta())
+    assert found.dialect.split(",")[0] in (*[d.NAME for d in formats.reader.DIALECTS],)
+
+
+def test_a_file_may_mix_layouts(tmp_path: Path) -> None:
+    keys = [SPELLINGS[k] for k in ("kohya", "older text", "oldest, bare")]
+    tensors = {k: t.clone() for down, up, _ in keys for k, t in ((down, adapter().down), (up, adapter().up))}
+    tensors["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "some.safetensors")
+    found = formats.read(tmp_path / "some.safetensors")
+    assert set(found.lora) == {Q, TEXT_Q, OUT}
+    torch.testing.assert_close(found.lora[Q].delta(), adapter().delta() / 2)
+    torch.testing.assert_close(found.lora[OUT].delta(), adapter().delta())
+    assert found.dialect == "older diffusers"  # most of its keys
+
+
+def test_underscores_and_dots_name_the_same_layers() -> None:
+    for name in sd15_layers():
+        component, path = naming.underscored(name)
+        assert naming.dotted(path) == name.removeprefix("unet.")
+        assert naming.component_of(naming.dotted(path) or "") == component == "unet"
+    assert naming.dotted("text_model_encoder_layers_11_mlp_fc1") == "text_model.encoder.layers.11.mlp.fc1"
+    assert naming.dotted("something_else") is None
+    assert naming.dotted("down_blocks_0_nonsense") is None
+
+
+def test_names_of_the_original_code_are_those_that_diffusers_converts() -> None:
+    """All layers of the original U-Net, through diffusers' own converter of checkpoints."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    inner = ("in_layers.2", "out_layers.3", "emb_layers.1", "skip_connection")
+    attention = [f"transformer_blocks.0.attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0")]
+    attention += [
+        "proj_in",
+        "proj_out",
+        "transformer_blocks.0.ff.net.0.proj",
+        "transformer_blocks.0.ff.net.2",
+    ]
+    names = ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2"]
+    for k in range(1, 12):
+        if k % 3 == 0:
+            names.append(f"input_blocks.{k}.0.op")
+        else:
+            names += [f"input_blocks.{k}.0.{x}" for x in inner]
+            names += [f"input_blocks.{k}.1.{x}" for x in attention] if k < 9 else []
+    for k in range(12):
+        names += [f"output_blocks.{k}.0.{x}" for x in inner]
+        names += [f"output_blocks.{k}.1.{x}" for x in attention] if k > 2 else []
+        names += [f"output_blocks.{k}.{1 if k < 3 else 2}.conv"] if k in (2, 5, 8) else []
+    names += [f"middle_block.{k}.{x}" for k in (0, 2) for x in inner[:3]]
+    names += [f"middle_block.1.{x}" for x in attention]
+    tagged = {f"model.diffusion_model.{name}.weight": torch.tensor(float(i)) for i, name in enumerate(names)}
+    # The converter asks for biases of these.
+    tagged |= {key.replace(".weight", ".bias"): -tag for key, tag in tagged.items()}
+    for name in ("out.0",):
+        tagged |= {f"model.diffusion_model.{name}.{kind}": torch.tensor(-1.0) for kind in ("weight", "bias")}
+    config = {**UNet2DConditionModel.from_config({}).config, "layers_per_block": 2, "class_embed_type": None}
+    config |= {"addition_embed_type": None}
+    converted = convert_ldm_unet_checkpoint(dict(tagged), config)
+    theirs = {
+        int(v): k.removesuffix(".weight") for k, v in converted.items() if k.endswith(".weight") and v >= 0
+    }
+    assert len(theirs) == len(names)
+    for number, name in enumerate(names):
+        assert naming.dotted(name.replace(".", "_")) == theirs[number], name
+
+
+def test_a_tucker_core_makes_the_same_convolution(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    down, mid = torch.randn(2, 4, 1, 1, generator=rng), torch.randn(3, 2, 3, 3, generator=rng)
+    up, x = torch.randn(6, 3, 1, 1, generator=rng), torch.randn(1, 4, 5, 5, generator=rng)
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    tensors = {
+        "lora_down.weight": down,
+        "lora_mid.weight": mid,
+        "lora_up.weight": up,
+        "alpha": torch.tensor(6.0),
+    }
+    save_file({f"{stem}.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "some.safetensors")
+    found = formats.read(tmp_path / "some.safetensors").lora
+    assert found.kernels == {CONV: (3, 3)}
+    wanted = 2.0 * F.conv2d(F.conv2d(F.conv2d(x, down), mid, padding=1), up)
+    made = F.conv2d(x, found[CONV].delta().unflatten(1, (4, 3, 3)), padding=1)
+    torch.testing.assert_close(made, wanted)
+
+
+def test_tokens_inside_a_file_come_with_it(tmp_path: Path) -> None:
+    vectors = torch.randn(2, 4)
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{stem}.lora_down.weight": adapter().down, f"{stem}.lora_up.weight": adapter().up}
+    save_file(tensors | {"bundle_emb.biscuit.string_to_param.*": vectors}, tmp_path / "bundle.safetensors")
+    assert torch.equal(formats.read(tmp_path / "bundle.safetensors").tokens["biscuit"], vectors)
+    pivotal = {"unet:0:down": adapter().down, "unet:0:up": adapter().up, "<s1>": vectors[0].clone()}
+    save_file(pivotal, tmp_path / "pivotal.safetensors")
+    assert torch.equal(formats.read(tmp_path / "pivotal.safetensors").tokens["<s1>"], vectors[:1])
+
+
+def test_embeddings_of_other_tools_are_read(tmp_path: Path) -> None:
+    vectors = torch.randn(2, 4)
+    for key in ("emb_params", "clip_l"):
+        save_file({key: vectors}, tmp_path / "biscuit.safetensors")
+        assert torch.equal(formats.read_embeddings(tmp_path / "biscuit.safetensors")["biscuit"], vectors)
+    save_file({"<s0>": vectors[0].clone(), "<s1>": vectors[1].clone()}, tmp_path / "two.safetensors")
+    assert set(formats.read_embeddings(tmp_path / "two.safetensors")) == {"<s0>", "<s1>"}
+
+
+@pytest.mark.parametrize(
+    ("file", "layers", "dialect"),
+    [
+        ("analog_svd_rank4.safetensors", {"unet": 144, "text_encoder": 48}, "pivotal tuning"),
+        ("weapons_attn_procs.safetensors", {"unet": 128}, "older diffusers"),
+    ],
+)
+def test_real_files_fit_stable_diffusion(file: str, layers: dict[str, int], dialect: str) -> None:
+    if not (REAL / file).exists():
+        pytest.skip("the LoRA files of others are not here")
+    found = formats.read(REAL / file)
+    assert {component: len(part) for component, part in found.lora.parts().items()} == layers
+    assert found.dialect == dialect
+    modules = sd15_layers()
+    for name, one in found.lora.parts()["unet"].items():
+        assert one.shape == tuple(modules[name].get_parameter("weight").flatten(1).shape)
+    for name, one in found.lora.parts().get("text_encoder", LoRA({})).items():
+        assert one.shape == (768, 768), name
+
+
+# Writing
+
+
+def some_lora(ranks: list[int], seed: int = 0) -> LoRA:
+    rng = torch.Generator().manual_seed(seed)
+    names = (Q, TEXT_Q, CONV, OUT, "unet.down_blocks.0.attentions.0.proj_in")
+    kernels = {CONV: (3, 3), "unet.down_blocks.0.attentions.0.proj_in": (1, 1)}
+    layers = {
+        name: random_adapter(6, 9 if name == CONV else 4, rank, rng).to(dtype=torch.float32)
+        for name, rank in zip(names, ranks, strict=False)
+    }
+    return LoRA(layers, kernels)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.sampled_from(formats.LAYOUTS))
+def test_every_layout_is_read_back_as_written(tmp_path_factory, ranks: list[int], layout) -> None:
+    lora, path = some_lora(ranks), tmp_path_factory.mktemp("lora") / "some.safetensors"
+    written = formats.write(path, lora, {"base": "storybook"}, layout=layout)
+    assert all(file.is_file() for file in written)
+    found = formats.read(path)
+    assert set(found.lora) == set(lora) and found.lora.kernels == lora.kernels
+    for name in lora:
+        torch.testing.assert_close(found.lora[name].delta(), lora[name].delta(), rtol=1e-6, atol=1e-7)
+    assert found.dialect == {"peft": "PEFT"}.get(layout, layout)
+    assert found.metadata["base"] == "storybook"
+    assert len(found.sha256) == 64
+
+
+def test_only_kohyas_layout_takes_tokens(tmp_path: Path) -> None:
+    tokens = {"<dog>": torch.randn(2, 4)}
+    formats.write(tmp_path / "some.safetensors", some_lora([2]), layout="kohya", tokens=tokens)
+    found = formats.read(tmp_path / "some.safetensors")
+    assert torch.equal(found.tokens["<dog>"], tokens["<dog>"])
+    with pytest.raises(UserError, match="have no room for learned tokens"):
+        formats.write(tmp_path / "other.safetensors", some_lora([2]), tokens=tokens)
+
+
+def model_lora(pipe, spread: int = 3) -> LoRA:
+    """A random LoRA on attention and convolutions of a whole pipeline, of different ranks."""
+    rng, layers, kernels = torch.Generator().manual_seed(1), {}, {}
+    for component in ("unet", "text_encoder"):
+        for path, module in getattr(pipe, component).named_modules():
+            if not path.endswith(("to_q", "to_out.0", "q_proj", "out_proj", "fc1", "resnets.0.conv1", "proj_in")):
+                continue
+            name = naming.canonical(component, path)
+            out, width = module.weight.shape[0], module.weight[0].numel()
+            layers[name] = random_adapter(out, width, 1 + len(layers) % spread, rng).to(dtype=torch.float32)
+            if isinstance(module, nn.Conv2d):
+                kernels[name] = module.kernel_size
+    return LoRA(layers, kernels)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_diffusers_makes_the_same_of_our_files(pipeline, tmp_path: Path, layout) -> None:  # noqa: F811
+    lora = model_lora(pipeline)
+    modules = {
+        naming.canonical(c, path): m
+        for c in ("unet", "text_encoder")
+        for path, m in getattr(pipeline, c).named_modules()
+    }
+    before = {name: modules[name].weight.detach().clone() for name in lora}
+    formats.write(tmp_path / "some.safetensors", lora, layout=layout)
+    pipeline.load_lora_weights(tmp_path / "some.safetensors")
+    injected = [
+        m for c in (pipeline.unet, pipeline.text_encoder) for m in c.modules() if hasattr(m, "lora_A")
+    ]
+    assert len(injected) == len(lora)
+    pipeline.fuse_lora(components=["unet", "text_encoder"])
+    for name in lora:
+        delta = (modules[name].weight - before[name]).flatten(1)
+        torch.testing.assert_close(delta, lora[name].delta(), rtol=1e-4, atol=1e-5)
+
+
+def test_peft_makes_the_same_of_our_folders(pipeline, tmp_path: Path) -> None:  # noqa: F811
+    from peft import PeftModel
+
+    lora = model_lora(pipeline)
+    formats.write(tmp_path / "merged", lora, layout="peft")
+    for component in ("unet", "text_encoder"):
+        model = getattr(pipeline, component)
+        loaded = PeftModel.from_pretrained(model, tmp_path / "merged" / component)
+        tuned = {n: m for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")}
+        assert {naming.canonical(component, n) for n in tuned} == set(lora.parts()[component])
+        for n, module in tuned.items():
+            delta = module.get_delta_weight("default").flatten(1)
+            torch.testing.assert_close(
+                delta, lora[naming.canonical(component, n)].delta(), rtol=1e-4, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"lora_alpha": 6}, 3.0),
+        ({"lora_alpha": 6, "use_rslora": True}, 6 / 2**0.5),
+        ({"lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 2}}, None),
+        ({"lora_alpha": 6, "rank_pattern": {"attn1.to_q": 3}}, None),
+    ],
+)
+def test_what_peft_saves_is_read(pipeline, tmp_path: Path, options, scale) -> None:  # noqa: F811
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False, **options)
+    model = get_peft_model(pipeline.unet, config)
+    model.save_pretrained(tmp_path / "unet")
+    for place in (tmp_path, tmp_path / "unet", tmp_path / "unet" / "adapter_model.safetensors"):
+        found = formats.read(place).lora
+        tuned = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
+        assert set(found) == {f"unet.{n}" for n in tuned}
+        for n, module in tuned.items():
+            torch.testing.assert_close(found[f"unet.{n}"].delta(), module.get_delta_weight("default"))
+    (tmp_path / "unet" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="its scale stands in adapter_config.json"):
+        formats.read(tmp_path / "unet" / "adapter_model.safetensors")
+
+
+# Refusals
+
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
+    "LoHa": ({f"{KOHYA}.hada_w1_a": torch.ones(4, 2)}, "a LoHa"),
+    "LoKr": ({f"{KOHYA}.lokr_w1": torch.ones(4, 2)}, "a LoKr"),
+    "DoRA": ({f"{KOHYA}.dora_scale": torch.ones(4, 1)}, "a DoRA"),
+    "IA3": ({f"{KOHYA}.on_input": torch.ones(1)}, "an IA³"),
+    "OFT": ({f"{KOHYA}.oft_blocks": torch.ones(4, 2, 2)}, "an OFT"),
+    "GLoRA": ({f"{KOHYA}.a1.weight": torch.ones(4, 2)}, "a GLoRA"),
+    "full": ({f"{KOHYA}.diff": torch.ones(4, 2)}, "carries full weights"),
+    "bias": ({f"unet.{BLOCK}.attn1.to_q.lora_B.bias": torch.ones(4)}, "a LoRA with biases"),
+    "SDXL": (
+        {"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
+        "made for Stable Diffusion XL",
+    ),
+    "SDXL by shape": (
+        {f"unet.{BLOCK}.attn2.to_k.lora_A.weight": torch.ones(2, 2048)},
+        "made for Stable Diffusion XL, whose text states are 2048 wide",
+    ),
+    "SD 2": (
+        {KOHYA.replace("attn1_to_q", "attn2_to_k") + ".lora_down.weight": torch.ones(2, 1024)},
+        "made for Stable Diffusion 2",
+    ),
+    "Flux": (
+        {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 4)},
+        "made for Flux",
+    ),
+    "Flux, kohya": (
+        {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(2, 4)},
+        "made for Flux",
+    ),
+    "checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "a whole checkpoint"),
+    "part": ({"down_blocks.0.resnets.0.conv1.weight": torch.ones(2, 2, 3, 3)}, "a part of a whole model"),
+    "token": ({"emb_params": torch.ones(1, 4)}, "a learned token"),
+    "only tokens": ({"<s1>": torch.ones(1, 4)}, "learned tokens and no LoRA"),
+    "unknown layer": (
+        {"lora_unet_down_blocks_0_new_thing.lora_down.weight": torch.ones(2, 4)},
+        "no part of a plain",
+    ),
+    "beyond": ({"unet:144:down": torch.ones(2, 4)}, "no part of a plain LoRA"),
+    "core": (
+        {
+            "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.ones(2, 4, 1, 1),
+            "lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight": torch.ones(3, 3, 3, 3),
+            "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.ones(4, 3, 1, 1),
+        },
+        "do not fit each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_merged_is_refused_with_its_reason(tmp_path: Path, case: str) -> None:
+    tensors, message = REFUSED[case]
+    save_file(tensors, tmp_path / "some.safetensors")
+    with pytest.raises(UserError, match=message) as caught:
+        formats.read(tmp_path / "some.safetensors")
+    assert str(caught.value).startswith("some.safetensors cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is not a table"),
+        (json.dumps({"peft_type": "IA3"}), "PEFT's kind 'IA3'"),
+        (json.dumps({"use_dora": True}), "is a DoRA"),
+        (json.dumps({"lora_alpha": "x"}), "which is no number"),
+    ],
+)
+def test_bad_settings_of_a_folder_are_told(tmp_path: Path, config: str, message: str) -> None:
+    formats.write(tmp_path / "merged", some_lora([2]), layout="peft")
+    (tmp_path / "merged" / "unet" / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        formats.read(tmp_path / "merged")
+
+
+def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no adapter_config.json in it"):
+        formats.read(tmp_path)
+
+
+def test_files_of_kohya_carry_an_alpha(tmp_path: Path) -> None:
+    formats.write(tmp_path / "some.safetensors", some_lora([2, 3]), layout="kohya")
+    tensors = load_file(tmp_path / "some.safetensors")
+    alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
+    assert alphas == {2.0, 3.0}  # of the two components
+    assert "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight" in tensors

@@ -16,6 +16,7 @@ class Base:
 
     `size`: side of its pictures in pixels. `scorer`: the name `scoring.load` knows. `steps`, `guidance`: defaults
     that suit it. `objects`, `places`: generic things and places it can draw, for calibration prompts.
+    `architecture`, `prediction` (epsilon or v), `kohya_version`: what LoRA files made for it say to other tools.
     """
 
     name: str
@@ -28,6 +29,9 @@ class Base:
     guidance: float
     objects: tuple[str, ...]
     places: tuple[str, ...]
+    architecture: str
+    prediction: str
+    kohya_version: str
 
 
 BASES: dict[str, Base] = {
@@ -72,6 +76,9 @@ BASES: dict[str, Base] = {
                 "in a kitchen",
                 "by a lake",
             ),
+            architecture="storybook",
+            prediction="v",
+            kohya_version="storybook",
         ),
     )
 }

@@ -137,7 +137,10 @@ def compose(
 @app.command()
 def merge(
     names: Concepts,
-    output: Annotated[Path, typer.Option(help="The LoRA file to write; learned tokens go beside it.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="The LoRA file to write, a folder for PEFT's layout; learned tokens go beside it."),
+    ],
     method: Annotated[str, typer.Option(help=f"{', '.join(registry.METHODS)}.")] = "iteris",
     base: BaseModel = None,
     weights: Weights = None,
@@ -153,8 +156,17 @@ def merge(
         Path | None, typer.Option(help="A folder for layers.csv and figures: how well each layer was merged.")
     ] = None,
     parameters: Parameters = None,
+    layout: Annotated[
+        str, typer.Option(help="diffusers (also ComfyUI), kohya (A1111, Forge, ComfyUI) or peft.")
+    ] = "diffusers",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; the LoRAs' own unless given.")
+    ] = None,
+    bundle_tokens: Annotated[
+        bool, typer.Option("--bundle-tokens", help="Put learned tokens into the file; kohya's layout only.")
+    ] = False,
 ) -> None:
-    """Merge concepts into one LoRA file that diffusers, A1111 and ComfyUI load."""
+    """Merge concepts into one LoRA that other tools load."""
     with _answering():
         registry.find(method)
         words = {"prompt": "a picture"}  # a recipe has a prompt, which the merge does not depend on
@@ -165,7 +177,8 @@ def merge(
         asked = Recipe.of({**data, "calibration": {**data["calibration"], **given}})
         from iteris_sd import export
 
-        export.check_lora_path(output)
+        form = export.Form(layout, precision, bundle_tokens)
+        export.check_lora_path(output, form)
         if diagnostics is not None:
             export.check_folder(diagnostics)
         library = _library(asked)
@@ -173,7 +186,7 @@ def merge(
 
         picked, merged = _watched(composer.merge_all(asked, library, measured=diagnostics is not None))
         metadata = export.lora_metadata(asked, picked, merged[method])
-        files = export.write_lora(merged[method].lora, composer.all_tokens(picked), output, metadata)
+        files = export.write_lora(merged[method].lora, composer.all_tokens(picked), output, metadata, form)
         if diagnostics is not None:
             files += export.write_diagnostics(merged[method], asked, diagnostics)
         for file in files:

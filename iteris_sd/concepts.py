@@ -58,7 +58,7 @@ class Concept:
         tokens = dict(content.tokens)
         for path in self.embeddings:
             tokens |= formats.read_embeddings(path)
-        return Loaded(self, content.lora, tokens)
+        return Loaded(self, content.lora, tokens, content.sha256)
 
     def pictures(self) -> list[Image.Image]:
         """Its reference pictures. Raises UserError when one cannot be opened."""
@@ -67,11 +67,12 @@ class Concept:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A concept with its tensors: `lora`, and `tokens` {token: (vectors, width)}."""
+    """A concept with its tensors: `lora`, and `tokens` {token: (vectors, width)}; `sha256` is its LoRA file's."""
 
     concept: Concept
     lora: LoRA
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL.PngImagePlugin import PngInfo
 
-from iteris_sd import __version__
+from iteris_sd import __version__, bases
 from iteris_sd.errors import UserError
 from iteris_sd.grid import grid
 from iteris_sd.recipe import Recipe
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from iteris_sd.lora import LoRA
 
 __all__ = [
+    "Form",
     "check_folder",
     "check_lora_path",
     "grid",
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 SUFFIX = ".safetensors"
+LAYOUTS = ("diffusers", "kohya", "peft")  # those of `formats.write`, known before torch is loaded
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _MADE_BY = f"iteris-sd {__version__}"
 
 
@@ -64,23 +67,48 @@ def write(composition: Composition, folder: Path) -> None:
             write_lora(merged.lora, composition.tokens, draft / "merged" / f"{method}{SUFFIX}", metadata)
 
 
-def write_lora(
-    lora: LoRA, tokens: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
-) -> list[Path]:
-    """Write `<name>.safetensors` and the learned tokens as `<name>.embeddings/<token>.safetensors`: all or nothing.
+@dataclass(frozen=True)
+class Form:
+    """How a LoRA is written: a layout of `formats.write`, `precision` fp32, fp16 or bf16 (as it is where None), and
+    whether learned tokens go into the file, which only kohya's layout can hold. Raises UserError for what is not."""
 
-    The two travel apart because diffusers refuses a LoRA file that carries tokens; loaded together, they draw our
-    picture there. Returns the files written. Raises UserError when the path has another ending or cannot be written.
+    layout: str = "diffusers"
+    precision: str | None = None
+    bundle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"There is no layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}.")
+        if self.precision not in (None, *PRECISIONS):
+            raise UserError(
+                f"There is no precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}."
+            )
+        if self.bundle and self.layout != "kohya":
+            raise UserError(f"Learned tokens fit into files of kohya's layout only, not {self.layout}'s.")
+
+
+def write_lora(
+    lora: LoRA, tokens: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], form: Form = Form()
+) -> list[Path]:
+    """Write a LoRA to `path` and the learned tokens as `<name>.embeddings/<token>.safetensors`: all or nothing.
+
+    The two travel apart, unless `form` bundles them, because diffusers refuses a LoRA file that carries tokens; loaded
+    together, they draw our picture there. Returns the files written. Raises UserError when the path has an ending that
+    does not suit the form, a number does not fit the precision, or nothing can be written.
     """
+    import torch
+
     from iteris_sd import formats
 
-    check_lora_path(path)
-    beside = f"{path.stem}.embeddings"
-    names = [path.name, *(f"{beside}/{name}" for name in _token_files(tokens))]
+    check_lora_path(path, form)
+    dtype = None if form.precision is None else getattr(torch, PRECISIONS[form.precision])
+    inside, beside = (tokens, {}) if form.bundle else ({}, tokens)
     with _assembled(path.parent) as draft:
-        formats.write(draft / path.name, lora, metadata)
-        for name, (token, vectors) in zip(names[1:], tokens.items(), strict=True):
-            formats.write_embedding(draft / name, token, vectors)
+        files = formats.write(draft / path.name, lora, metadata, dtype, form.layout, inside)
+        names = [file.relative_to(draft) for file in files]
+        for name, (token, vectors) in zip(_token_files(beside), beside.items(), strict=True):
+            names.append(Path(f"{path.stem}.embeddings", name))
+            formats.write_embedding(draft / names[-1], token, vectors)
     return [path.parent / name for name in names]
 
 
@@ -101,10 +129,25 @@ def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) ->
             "trigger": c.concept.trigger,
             "licence": c.concept.licence,
             "weight": use.weight,
+            "file": c.concept.lora.name,
+            "sha256": c.sha256,
         }
         for c, use in zip(concepts, recipe.concepts, strict=True)
     ]
-    return {
+    base, names = bases.find(recipe.base), " + ".join(c.concept.name for c in concepts)
+    # What other tools show: https://github.com/Stability-AI/ModelSpec, and kohya's sd-scripts.
+    shown = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{base.architecture}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": f"{names}, merged by {merged.method}",
+        "modelspec.resolution": f"{base.size}x{base.size}",
+        "modelspec.trigger_phrase": ", ".join(c.concept.trigger for c in concepts),
+        "modelspec.prediction_type": base.prediction,
+        "ss_base_model_version": base.kohya_version,
+        "ss_network_module": "networks.lora",
+    }
+    return shown | {
         "made_by": _MADE_BY,
         "base": recipe.base,
         "method": merged.method,
@@ -157,9 +200,14 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"Nothing may be written into {there}; choose another folder.")
 
 
-def check_lora_path(path: Path) -> None:
-    """Raise UserError when `path` can be no LoRA file to write; called before the work, too."""
-    if path.suffix != SUFFIX or path.is_dir():
+def check_lora_path(path: Path, form: Form = Form()) -> None:
+    """Raise UserError when `path` can be no LoRA to write in that form; called before the work, too."""
+    if form.layout == "peft":
+        if path.suffix == SUFFIX or path.is_file():
+            raise UserError(
+                f"PEFT's layout is a folder; {path} cannot be one. Give it a name without an ending."
+            )
+    elif path.suffix != SUFFIX or path.is_dir():
         raise UserError(f"A LoRA cannot be written to {path}; give it a name that ends in {SUFFIX}.")
     check_folder(path.parent)
 

@@ -109,6 +109,18 @@ def test_merge(place: Path) -> None:
     assert json.loads(formats.read(place / "x.safetensors").metadata["parameters"])["iterations"] == 1
 
 
+def test_merge_writes_every_layout(place: Path) -> None:
+    plain = ("merge", "dog", "barn", "--method", "linear")
+    done(*plain, "--layout", "kohya", "--bundle-tokens", "--precision", "fp16", "--output", "k.safetensors")
+    read = formats.read(place / "k.safetensors")
+    assert read.dialect == "kohya" and sorted(read.tokens) == ["<lucky>", "<rex>"]
+    done(*plain, "--layout", "peft", "--output", "folder")
+    assert len(formats.read(place / "folder").lora) == 40
+    for layout, message in (("peft", "PEFT's layout is a folder"), ("a1111", "no layout 'a1111'")):
+        told = run(*plain, "--layout", layout, "--output", "x.safetensors")
+        assert told.exit_code == 2 and message in told.stderr
+
+
 def test_concepts_may_be_folders_and_files(toy: Path, place: Path) -> None:
     shutil.copytree(toy / "concepts" / "dog", place / "my-dog")
     shutil.copy(toy / "concepts" / "barn" / "lora.safetensors", place / "hut.safetensors")

@@ -282,7 +282,9 @@ def model_lora(pipe, spread: int = 3) -> LoRA:
     rng, layers, kernels = torch.Generator().manual_seed(1), {}, {}
     for component in ("unet", "text_encoder"):
         for path, module in getattr(pipe, component).named_modules():
-            if not path.endswith(("to_q", "to_out.0", "q_proj", "out_proj", "fc1", "resnets.0.conv1", "proj_in")):
+            if not path.endswith(
+                ("to_q", "to_out.0", "q_proj", "out_proj", "fc1", "resnets.0.conv1", "proj_in")
+            ):
                 continue
             name = naming.canonical(component, path)
             out, width = module.weight.shape[0], module.weight[0].numel()

@@ -116,6 +116,40 @@ def test_places_that_cannot_be_written_to(composition: Composition, tmp_path: Pa
             export.write_lora(merged, {}, tmp_path / name, {})
 
 
+FORMS = [
+    export.Form("diffusers", "fp16"),
+    export.Form("kohya"),
+    export.Form("kohya", "fp32", bundle=True),
+    export.Form("peft", "bf16"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_lora_is_written_in_every_form(composition: Composition, tmp_path: Path, form: export.Form) -> None:
+    lora, tokens = composition.merged["linear"].lora, {"<rex>": torch.ones(1, 4)}
+    path = tmp_path / ("merged" if form.layout == "peft" else "merged.safetensors")
+    written = export.write_lora(lora, tokens, path, {}, form)
+    assert all(file.is_file() for file in written)
+    found = formats.read(path)
+    assert set(found.lora) == set(lora)
+    loose = 1e-2 if form.precision in ("fp16", "bf16") else 1e-6
+    for name in lora:
+        torch.testing.assert_close(found.lora[name].delta(), lora[name].delta(), rtol=loose, atol=loose)
+    assert set(found.tokens) == ({"<rex>"} if form.bundle else set())
+    assert (tmp_path / "merged.embeddings" / "rex.safetensors").exists() != form.bundle
+
+
+def test_forms_that_are_none() -> None:
+    for wrong, message in (
+        ({"layout": "a1111"}, "no layout 'a1111'; choose one of diffusers, kohya, peft"),
+        ({"precision": "int8"}, "no precision 'int8'"),
+        ({"bundle": True}, "kohya's layout only"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.Form(**wrong)
+    assert export.LAYOUTS == formats.LAYOUTS
+
+
 def test_tokens_of_any_name_get_files_of_their_own(composition: Composition, tmp_path: Path) -> None:
     tokens = {token: torch.ones(1, 4) for token in ("<rex>", "rex", "../../etc/x y", "<>", "<Rex>")}
     written = export.write_lora(composition.merged["linear"].lora, tokens, tmp_path / "a+b.safetensors", {})
@@ -232,4 +266,7 @@ def test_a_merged_file_says_where_it_comes_from(composition: Composition, tmp_pa
     assert (told["method"], told["base"]) == ("iteris", "storybook")
     assert json.loads(told["parameters"])["alpha"] == 1e-4
     assert [(s["name"], s["weight"]) for s in json.loads(told["sources"])] == [("dog", 1.0), ("barn", 0.8)]
+    assert {len(s["sha256"]) for s in json.loads(told["sources"])} == {64}
+    assert told["modelspec.architecture"] == "storybook/lora"
+    assert "<rex>" in told["modelspec.trigger_phrase"]
     assert set(composition.tokens) == TOKENS

@@ -12,7 +12,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from safetensors.torch import save
@@ -22,8 +21,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.formats import diffusers, kohya, peft_folder
 from iteris_sd.lora import LoRA
 
-Layout = Literal["diffusers", "kohya", "peft"]
-LAYOUTS: tuple[str, ...] = get_args(Layout)
+LAYOUTS = ("diffusers", "kohya", "peft")
 
 
 def write(
@@ -31,7 +29,7 @@ def write(
     lora: LoRA,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
-    layout: Layout = "diffusers",
+    layout: str = "diffusers",
     tokens: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:
     """Write ``lora`` in a layout, scale 1; dtype kept unless given. Returns the files written.
@@ -40,9 +38,12 @@ def write(
     layout has room for. The factors of a component are padded with zeros to one rank: most loaders, diffusers' for
     kohya's files among them, set one alpha for all, so that unequal ranks would be scaled unequally. ΔW is unchanged.
 
-    Raises UserError when a value does not fit ``dtype``, tokens have no room, or a file cannot be written.
+    Raises UserError when there is no such layout, a value does not fit ``dtype``, tokens have no room, or a file cannot
+    be written.
     """
     path = Path(path)
+    if layout not in LAYOUTS:
+        raise UserError(f"There is no layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     if tokens and layout != "kohya":
         raise UserError(
             f"Files in the layout {layout!r} have no room for learned tokens; write these beside it."

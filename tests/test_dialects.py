@@ -279,7 +279,9 @@ def test_only_kohyas_layout_takes_tokens(tmp_path: Path) -> None:
 
 def model_lora(pipe, spread: int = 3) -> LoRA:
     """A random LoRA on attention and convolutions of a whole pipeline, of different ranks."""
-    rng, layers, kernels = torch.Generator().manual_seed(1), {}, {}
+    rng = torch.Generator().manual_seed(1)
+    layers: dict[str, LowRank] = {}
+    kernels: dict[str, tuple[int, int]] = {}
     for component in ("unet", "text_encoder"):
         for path, module in getattr(pipe, component).named_modules():
             if not path.endswith(
@@ -290,7 +292,7 @@ def model_lora(pipe, spread: int = 3) -> LoRA:
             out, width = module.weight.shape[0], module.weight[0].numel()
             layers[name] = random_adapter(out, width, 1 + len(layers) % spread, rng).to(dtype=torch.float32)
             if isinstance(module, nn.Conv2d):
-                kernels[name] = module.kernel_size
+                kernels[name] = (module.kernel_size[0], module.kernel_size[1])
     return LoRA(layers, kernels)
 
 

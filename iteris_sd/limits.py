@@ -10,6 +10,7 @@ MAX_RANK = 1024  # above it the "low rank" factors outweigh the SD v1.5 layers t
 MAX_WIDTH = 65_536  # no text-to-image layer is wider; keeps a forged shape from asking for all memory
 MAX_EMBEDDING_BYTES = 16 * 1024**2  # 64 vectors of 2048 numbers in float64 take 1 MB
 MAX_TOKEN_VECTORS = 64  # the text encoder sees 77 positions
+MAX_CONFIG_BYTES = 1024**2  # PEFT settings that list every layer of a U-Net take a tenth of it
 MAX_TOKENS = 64  # learned tokens in one file; pivotal tuning uses two or three
 MAX_TOKEN_CHARS = 128  # a learned token is one word of a prompt
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from iteris_sd import backbone as backbones
 from iteris_sd.backbone import Backbone
@@ -34,3 +37,41 @@ def toy(toy_assets: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def backbone(toy: Path) -> Backbone:
     """The toy base model."""
     return backbones.load("storybook")
+
+
+@pytest.fixture
+def tiny_sd() -> StableDiffusionPipeline:
+    """A random Stable Diffusion of a few thousand parameters, built in memory."""
+    torch.manual_seed(0)
+    letters = [*"abcdefghijklmnopqrstuvwxyz<>", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz<>")]
+    vocabulary = {t: i for i, t in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    text = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(4,), norm_num_groups=2),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16),
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

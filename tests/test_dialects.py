@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iteris_sd import formats
+from iteris_sd import formats, sd15
 from iteris_sd.errors import UserError
 from iteris_sd.formats import naming
 from iteris_sd.lora import LoRA, LowRank
-from tests.test_formats import pipeline  # noqa: F401 - a fixture
 from tests.toys import random_adapter
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -33,7 +32,7 @@ def adapter(out: int = 6, width: int = 4, rank: int = 2, seed: int = 0) -> LowRa
 def sd15_layers() -> dict[str, nn.Module]:
     """Every linear and convolutional layer of Stable Diffusion v1.5's U-Net, without memory."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)
+        unet = UNet2DConditionModel(**sd15.UNET)
     return {f"unet.{n}": m for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
@@ -129,6 +128,15 @@ def test_a_file_may_mix_layouts(tmp_path: Path) -> None:
     assert found.dialect == "older diffusers"  # most of its keys
 
 
+def test_no_scale_is_guessed_where_peft_is_mixed_with_others(tmp_path: Path) -> None:
+    formats.write(tmp_path / "merged", some_lora([2]), layout="peft")
+    file = tmp_path / "merged" / "unet" / "adapter_model.safetensors"
+    down, up, _ = SPELLINGS["kohya text"]
+    save_file(load_file(file) | {down: adapter().down, up: adapter().up}, file)
+    with pytest.raises(UserError, match="mixes the layouts .*PEFT"):
+        formats.read(file)
+
+
 def test_underscores_and_dots_name_the_same_layers() -> None:
     for name in sd15_layers():
         component, path = naming.underscored(name)
@@ -137,6 +145,8 @@ def test_underscores_and_dots_name_the_same_layers() -> None:
     assert naming.dotted("text_model_encoder_layers_11_mlp_fc1") == "text_model.encoder.layers.11.mlp.fc1"
     assert naming.dotted("something_else") is None
     assert naming.dotted("down_blocks_0_nonsense") is None
+    for wrong in ("input_blocks_1_2_proj_in", "output_blocks_3_2_proj_in", "input_blocks_0_1_proj_in"):
+        assert naming.dotted(wrong) is None
 
 
 def test_names_of_the_original_code_are_those_that_diffusers_converts() -> None:
@@ -297,33 +307,31 @@ def model_lora(pipe, spread: int = 3) -> LoRA:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_diffusers_makes_the_same_of_our_files(pipeline, tmp_path: Path, layout) -> None:  # noqa: F811
-    lora = model_lora(pipeline)
+def test_diffusers_makes_the_same_of_our_files(tiny_sd, tmp_path: Path, layout) -> None:
+    lora = model_lora(tiny_sd)
     modules = {
         naming.canonical(c, path): m
         for c in ("unet", "text_encoder")
-        for path, m in getattr(pipeline, c).named_modules()
+        for path, m in getattr(tiny_sd, c).named_modules()
     }
     before = {name: modules[name].weight.detach().clone() for name in lora}
     formats.write(tmp_path / "some.safetensors", lora, layout=layout)
-    pipeline.load_lora_weights(tmp_path / "some.safetensors")
-    injected = [
-        m for c in (pipeline.unet, pipeline.text_encoder) for m in c.modules() if hasattr(m, "lora_A")
-    ]
+    tiny_sd.load_lora_weights(tmp_path / "some.safetensors")
+    injected = [m for c in (tiny_sd.unet, tiny_sd.text_encoder) for m in c.modules() if hasattr(m, "lora_A")]
     assert len(injected) == len(lora)
-    pipeline.fuse_lora(components=["unet", "text_encoder"])
+    tiny_sd.fuse_lora(components=["unet", "text_encoder"])
     for name in lora:
         delta = (modules[name].weight - before[name]).flatten(1)
         torch.testing.assert_close(delta, lora[name].delta(), rtol=1e-4, atol=1e-5)
 
 
-def test_peft_makes_the_same_of_our_folders(pipeline, tmp_path: Path) -> None:  # noqa: F811
+def test_peft_makes_the_same_of_our_folders(tiny_sd, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    lora = model_lora(pipeline)
+    lora = model_lora(tiny_sd)
     formats.write(tmp_path / "merged", lora, layout="peft")
     for component in ("unet", "text_encoder"):
-        model = getattr(pipeline, component)
+        model = getattr(tiny_sd, component)
         loaded = PeftModel.from_pretrained(model, tmp_path / "merged" / component)
         tuned = {n: m for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")}
         assert {naming.canonical(component, n) for n in tuned} == set(lora.parts()[component])
@@ -335,19 +343,16 @@ def test_peft_makes_the_same_of_our_folders(pipeline, tmp_path: Path) -> None:  
 
 
 @pytest.mark.parametrize(
-    ("options", "scale"),
-    [
-        ({"lora_alpha": 6}, 3.0),
-        ({"lora_alpha": 6, "use_rslora": True}, 6 / 2**0.5),
-        ({"lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 2}}, None),
-        ({"lora_alpha": 6, "rank_pattern": {"attn1.to_q": 3}}, None),
-    ],
+    "options",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"attn1.to_q": 2}}, {"rank_pattern": {"attn1.to_q": 3}}],
 )
-def test_what_peft_saves_is_read(pipeline, tmp_path: Path, options, scale) -> None:  # noqa: F811
+def test_what_peft_saves_is_read(tiny_sd, tmp_path: Path, options) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False, **options)
-    model = get_peft_model(pipeline.unet, config)
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False, **options
+    )
+    model = get_peft_model(tiny_sd.unet, config)
     model.save_pretrained(tmp_path / "unet")
     for place in (tmp_path, tmp_path / "unet", tmp_path / "unet" / "adapter_model.safetensors"):
         found = formats.read(place).lora

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from iteris_sd import formats, limits
 from iteris_sd.errors import UserError
@@ -72,6 +71,12 @@ def test_files_carry_text_model_and_names_do_not(tmp_path: Path) -> None:
     assert set(load_file(path)) == {f"{FILE_TEXT_Q}.lora_A.weight", f"{FILE_TEXT_Q}.lora_B.weight"}
     save_file({k.replace("text_model.", ""): t for k, t in load_file(path).items()}, path)
     assert list(formats.read(path).lora) == [TEXT_Q]
+
+
+def test_a_rank_stabilised_alpha_tensor_is_applied(tmp_path: Path) -> None:
+    told = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
+    path = peft(tmp_path / "alpha.safetensors", told, alpha=torch.tensor(3.0))
+    torch.testing.assert_close(formats.read(path).lora[Q].delta(), 3 / 2**0.5 * adapter().delta())
 
 
 @pytest.mark.parametrize(
@@ -251,44 +256,6 @@ def test_a_bad_embedding_gets_one_clear_sentence(
 # What diffusers makes of our files
 
 
-@pytest.fixture
-def pipeline() -> StableDiffusionPipeline:
-    """A random Stable Diffusion of a few thousand parameters, built in memory."""
-    torch.manual_seed(0)
-    letters = [*"abcdefghijklmnopqrstuvwxyz<>", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz<>")]
-    vocabulary = {t: i for i, t in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    text = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(vocabulary) - 2,
-        eos_token_id=len(vocabulary) - 1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(4,), norm_num_groups=2),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16),
-        unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 def attention_layers(pipeline: StableDiffusionPipeline) -> dict[str, nn.Linear]:
     """Every attention projection of the pipeline under its canonical name."""
     ends = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -301,8 +268,8 @@ def attention_layers(pipeline: StableDiffusionPipeline) -> dict[str, nn.Linear]:
 
 
 @pytest.mark.parametrize("spread", [0, 3], ids=["equal ranks", "unequal ranks"])
-def test_diffusers_injects_every_layer_with_the_same_delta(pipeline, tmp_path: Path, spread: int) -> None:
-    layers = attention_layers(pipeline)
+def test_diffusers_injects_every_layer_with_the_same_delta(tiny_sd, tmp_path: Path, spread: int) -> None:
+    layers = attention_layers(tiny_sd)
     rng = torch.Generator().manual_seed(1)
     lora = LoRA(
         {
@@ -316,39 +283,37 @@ def test_diffusers_injects_every_layer_with_the_same_delta(pipeline, tmp_path: P
     assert len(lora.parts()["text_encoder"]) == 8
     before = {name: module.weight.detach().clone() for name, module in layers.items()}
     formats.write(tmp_path / "merged.safetensors", lora)
-    pipeline.load_lora_weights(tmp_path / "merged.safetensors")
-    injected = [
-        m for c in (pipeline.unet, pipeline.text_encoder) for m in c.modules() if hasattr(m, "lora_A")
-    ]
+    tiny_sd.load_lora_weights(tmp_path / "merged.safetensors")
+    injected = [m for c in (tiny_sd.unet, tiny_sd.text_encoder) for m in c.modules() if hasattr(m, "lora_A")]
     assert len(injected) == len(lora)
-    pipeline.fuse_lora(components=["unet", "text_encoder"])
+    tiny_sd.fuse_lora(components=["unet", "text_encoder"])
     for name, module in layers.items():
         torch.testing.assert_close(module.weight - before[name], lora[name].delta(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_diffusers_saves_is_read(pipeline, tmp_path: Path) -> None:
+def test_what_diffusers_saves_is_read(tiny_sd, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model_state_dict
 
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    pipeline.unet.add_adapter(config)
+    tiny_sd.unet.add_adapter(config)
     StableDiffusionPipeline.save_lora_weights(
         tmp_path,
-        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
+        unet_lora_layers=get_peft_model_state_dict(tiny_sd.unet),
         unet_lora_adapter_metadata=config.to_dict(),
     )
     found = formats.read(tmp_path / "pytorch_lora_weights.safetensors").lora
-    layers = {n: m for n, m in pipeline.unet.named_modules() if hasattr(m, "lora_A")}
+    layers = {n: m for n, m in tiny_sd.unet.named_modules() if hasattr(m, "lora_A")}
     assert set(found) == {f"unet.{name}" for name in layers}
     for name, module in layers.items():
         torch.testing.assert_close(found[f"unet.{name}"].delta(), module.get_delta_weight("default"))
 
 
 @pytest.mark.parametrize("vectors", [1, 2])
-def test_diffusers_loads_our_token(pipeline, tmp_path: Path, vectors: int) -> None:
+def test_diffusers_loads_our_token(tiny_sd, tmp_path: Path, vectors: int) -> None:
     learned = torch.randn(vectors, 8)
     formats.write_embedding(tmp_path / "dog.safetensors", "<dog>", learned)
-    pipeline.load_textual_inversion(tmp_path / "dog.safetensors")
-    prompt = pipeline.maybe_convert_prompt("<dog>", pipeline.tokenizer)
-    ids = pipeline.tokenizer(prompt).input_ids[1:-1]
+    tiny_sd.load_textual_inversion(tmp_path / "dog.safetensors")
+    prompt = tiny_sd.maybe_convert_prompt("<dog>", tiny_sd.tokenizer)
+    ids = tiny_sd.tokenizer(prompt).input_ids[1:-1]
     assert len(ids) == vectors
-    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], learned)
+    assert torch.equal(tiny_sd.text_encoder.get_input_embeddings().weight[ids], learned)

@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from iteris_sd import sd15
 from iteris_sd.calibration import Part, Samples
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.samples import micro_batch
@@ -96,16 +97,14 @@ def build(size: Size) -> Problem:
 
 
 def _text_encoder(size: Size) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=size.width,
-        intermediate_size=4 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=max(1, size.width // 64),
-        max_position_embeddings=size.positions,
-        hidden_act="quick_gelu",
-    )
-    return CLIPTextModel(config).to(size.device).requires_grad_(False).eval()
+    own = {
+        "hidden_size": size.width,
+        "intermediate_size": 4 * size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": max(1, size.width // 64),
+        "max_position_embeddings": size.positions,
+    }
+    return CLIPTextModel(CLIPTextConfig(**{**sd15.TEXT, **own})).to(size.device).requires_grad_(False).eval()
 
 
 def _cross_attention(size: Size) -> dict[str, nn.Module]:
@@ -120,8 +119,8 @@ def _cross_attention(size: Size) -> dict[str, nn.Module]:
 
 
 def _unet(size: Size) -> UNet2DConditionModel:
-    """Stable Diffusion v1.5's own shapes, which are the class's defaults but for these."""
-    unet = UNet2DConditionModel(sample_size=size.latents, cross_attention_dim=size.width)
+    own = {"sample_size": size.latents, "cross_attention_dim": size.width}
+    unet = UNet2DConditionModel(**{**sd15.UNET, **own})
     return unet.to(size.device).requires_grad_(False).eval()
 
 

@@ -50,11 +50,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layout:
-    """Canonical layer name -> its tensors, learned token -> the key of its vectors, and the dialect of most keys."""
+    """Canonical layer name -> its tensors, learned token -> the key of its vectors, and the dialects of the keys, most
+    spoken first."""
 
     layers: Mapping[str, Pair]
     tokens: Mapping[str, str]
-    dialect: str
+    dialects: Sequence[str]
 
 
 def sort(keys: Iterable[str], dialects: Sequence[Dialect]) -> Layout:
@@ -72,7 +73,7 @@ def sort(keys: Iterable[str], dialects: Sequence[Dialect]) -> Layout:
         if (other := place.setdefault(claim.name if place is tokens else claim.role, key)) != key:
             raise UserError(f"It holds the {claim.role} of {claim.name} twice, as {other!r} and as {key!r}.")
     layers = {name: _pair(name, roles) for name, roles in found.items()}
-    return Layout(layers, tokens, max(sorted(set(spoken)), key=spoken.count))
+    return Layout(layers, tokens, sorted(set(spoken), key=lambda name: (-spoken.count(name), name)))
 
 
 def _claimed(key: str, dialects: Sequence[Dialect]) -> tuple[Claim, str]:

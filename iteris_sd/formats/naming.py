@@ -84,12 +84,11 @@ def _modern(path: str) -> str:
         kind = {"0": "resnets_0", "1": "attentions_0", "2": "resnets_1"}.get(found["middle"])
         return path if kind is None else f"mid_block_{kind}_{_INNER.get(found['inner'], found['inner'])}"
     rest, place = _INNER.get(found["rest"], found["rest"]), int(found["place"])
-    if found["half"] == "input":
-        block, layer = divmod(int(found["block"]) - 1, 3)
-        if layer == 2:
-            return f"down_blocks_{block}_downsamplers_0_conv"
-        return f"down_blocks_{block}_{('resnets', 'attentions')[place]}_{layer}_{rest}"
-    block, layer = divmod(int(found["block"]), 3)
-    if rest == "conv":
+    half = "down" if found["half"] == "input" else "up"
+    block, layer = divmod(int(found["block"]) - (half == "down"), 3)
+    if half == "down" and layer == 2 and (place, rest) == (0, "op"):
+        return f"down_blocks_{block}_downsamplers_0_conv"
+    if half == "up" and place > 0 and rest == "conv":
         return f"up_blocks_{block}_upsamplers_0_conv"
-    return f"up_blocks_{block}_{('resnets', 'attentions')[min(place, 1)]}_{layer}_{rest}"
+    kind = {0: "resnets", 1: "attentions"}.get(place)
+    return path if kind is None else f"{half}_blocks_{block}_{kind}_{layer}_{rest}"

@@ -4,7 +4,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def config(folder: Path) -> dict[str, Any]:
             f"its scale stands in {CONFIG}, which is not beside it; put it there, or name its folder."
         )
     try:
-        if path.stat().st_size > limits.MAX_RECIPE_BYTES:
-            raise UserError(f"its {CONFIG} has more than {limits.MAX_RECIPE_BYTES:,} bytes.")
+        if path.stat().st_size > limits.MAX_CONFIG_BYTES:
+            raise UserError(f"its {CONFIG} has more than {limits.MAX_CONFIG_BYTES:,} bytes.")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"its {CONFIG} cannot be read ({type(error).__name__}).") from error
@@ -94,8 +94,3 @@ def settings(lora: LoRA, base: str | None) -> Mapping[str, Any]:
 def _path(name: str) -> str:
     """The module's path as transformers 5 and diffusers have it: text encoders without ``text_model.``."""
     return name.partition(".")[2]
-
-
-def components(lora: LoRA) -> Iterable[tuple[str, LoRA]]:
-    """A LoRA by component, each for a folder of its own."""
-    return lora.parts().items()

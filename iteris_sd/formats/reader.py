@@ -114,12 +114,16 @@ def _read_file(path: Path) -> LoraFile:
     kernels = {name: (shape[2], shape[3]) for name, shape in shapes.items() if len(shape) == 4}
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return LoraFile(LoRA(layers, kernels), tokens, header.metadata, layout.dialect, digest)
+    return LoraFile(LoRA(layers, kernels), tokens, header.metadata, layout.dialects[0], digest)
 
 
 def _scales(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Mapping[str, Scale]:
-    """The scale of each layer, as far as no tensor tells it."""
-    if layout.dialect == peft_folder.NAME:
+    """The scale of each layer, as far as no tensor tells it. Raises UserError where it cannot be told."""
+    if peft_folder.NAME in layout.dialects:
+        if len(layout.dialects) > 1:
+            raise UserError(
+                f"it mixes the layouts {' and '.join(layout.dialects)}; which scale is whose is not told."
+            )
         return peft_config.scales(layout.layers, peft_folder.config(path.parent))
     return diffusers.scales(layout.layers, metadata)
 
@@ -169,8 +173,7 @@ def _adapter(file: safe_open, pair: Pair, scale: Scale) -> LowRank:
     alpha = _tensor(file, pair.alpha).item() if pair.alpha else scale.alpha
     if alpha is None:
         return adapter
-    stabilised = scale.rank_stabilised and pair.alpha is None
-    return adapter.scaled(alpha / (adapter.rank**0.5 if stabilised else adapter.rank))
+    return adapter.scaled(alpha / (adapter.rank**0.5 if scale.rank_stabilised else adapter.rank))
 
 
 def _tensor(file: safe_open, key: str) -> Tensor:

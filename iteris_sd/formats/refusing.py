@@ -21,7 +21,7 @@ _KINDS = (
     (r"\.lora_(A|B|up|down)(\.default)?\.bias$", f"a LoRA with biases; {_ONLY}"),
     (
         r"(lora_te2_|text_encoder_2\.|lora_unet_label_emb|conditioner\.embedders)",
-        f"made for Stable Diffusion XL; {_SD1}",
+        f"made for {_XL}; {_SD1}",
     ),
     (r"(double_blocks|single_blocks|single_transformer_blocks)", f"made for Flux; {_SD1}"),
     (

@@ -56,7 +56,7 @@ def write(
         _save(path, diffusers.name_tensors(lora), metadata, dtype)
         return [path]
     written = []
-    for component, part in peft_folder.components(lora):
+    for component, part in lora.parts().items():
         weights, config = (path / component / name for name in (peft_folder.WEIGHTS, peft_folder.CONFIG))
         _save(weights, peft_folder.name_tensors(part), metadata, dtype)
         settings = peft_folder.settings(part, (metadata or {}).get("base"))

@@ -247,7 +247,7 @@ def _both(verdict: train_oracle.Verdict, truth: train_oracle.Truth) -> Tensor:
 def scorer(bench: Bench) -> list[Figure]:
     """Retrieval by caption, and telling individuals apart."""
     tokenizer = CLIPTokenizer.from_pretrained(bench.run.assets / "scorer")
-    unseen = train_clip.Unseen.drawn(bench.run)
+    unseen = train_clip.Unseen.drawn(bench.run, bench.backbone.vae)
     found = unseen.measured(bench.scorer.model, tokenizer)
     return [
         share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, full captions", found.full, 95.0),

@@ -146,9 +146,9 @@ class Lessons:
     things_rebuilt: np.ndarray
 
     @staticmethod
-    def drawn(run: Run) -> Lessons:
+    def drawn(run: Run, vae: AutoencoderKL) -> Lessons:
         """Draw and rebuild them, or open them."""
-        vae, folder = autoencoding.opened(run), run.runs / "scenes"
+        folder = run.runs / "scenes"
         scenes = data.drawn(folder, run.scenes)
         things = drawn_views(folder, particular_looks(LOOKS, LOOKS_SEED), LOOKS_SEED)
         few = autoencoding.rebuilt(run.runs, "scenes", vae, scenes.pixels[:REBUILT], run.machine)
@@ -328,7 +328,7 @@ class Unseen:
     rebuilt: np.ndarray
 
     @staticmethod
-    def drawn(run: Run) -> Unseen:
+    def drawn(run: Run, vae: AutoencoderKL) -> Unseen:
         """Draw them, or open them."""
         directory = run.runs / "scenes"
         scenes = data.drawn(directory, QUERIES, EVALUATED)
@@ -336,7 +336,7 @@ class Unseen:
         # Of one seed the same looks come first: those after them are not trained on.
         strangers = particular_looks(LOOKS + STRANGERS, LOOKS_SEED)[LOOKS:]
         things = drawn_views(directory, strangers, OTHERS_SEED)
-        rebuilt = rebuilt_views(run, autoencoding.opened(run), f"views_{OTHERS_SEED}", things)
+        rebuilt = rebuilt_views(run, vae, f"views_{OTHERS_SEED}", things)
         return Unseen(scenes.pixels[:], [c[0] for c in captions], [c[1] for c in captions], things, rebuilt)
 
     def measured(self, module: CLIP, tokenizer: CLIPTokenizer) -> Measured:
@@ -388,12 +388,13 @@ class Measured:
 
 def train(run: Run) -> None:
     """Train and write `assets/scorer`; the figures go to `clip/figures.csv` under `runs`."""
-    lessons = Lessons.drawn(run)
+    vae = autoencoding.opened(run)
+    lessons = Lessons.drawn(run, vae)
     captions = lessons.scenes.captions()
     tokenizer = _tokenizer(run, captions)
     ids = tokenised(tokenizer, [c for wordings in captions for c in wordings])
     ids = ids.view(len(captions), -1, CONTEXT)
-    unseen = Unseen.drawn(run)
+    unseen = Unseen.drawn(run, vae)
     plan = Plan(
         "clip",
         run.steps or 2400,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +19,13 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from iteris_sd import bases
+from iteris_sd import bases, memory, prompting, sd15, weights
 from iteris_sd.errors import UserError
 from iteris_sd.layers import applied, check_fit
 from iteris_sd.lora import LoRA, LowRank
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LOADING = threading.Lock()  # so that two threads that want it load it once
 _TEXT_LAYOUT = "text_model."  # older transformers put this before every module name
 
 
@@ -34,6 +40,10 @@ class Backbone:
         self.base, self.pipeline = base, pipeline
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
+        self._spelled: Mapping[
+            str, str
+        ] = {}  # learned tokens of several vectors -> as the tokenizer knows them
+        self._clip_skip = 1
         self.layers: Mapping[str, nn.Module] = MappingProxyType(
             {
                 f"{component}.{name.removeprefix(_TEXT_LAYOUT)}": module
@@ -45,8 +55,9 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return self.unet.device
+        """Where the model computes."""
+        device: torch.device = self.pipeline._execution_device  # where parts go when they wait elsewhere
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,15 +65,25 @@ class Backbone:
         return self.unet.dtype
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one picture's latents."""
-        side = self.base.size // self.pipeline.vae_scale_factor
+    def safe(self) -> bool:
+        """Whether pictures go through a safety checker."""
+        return self.pipeline.safety_checker is not None
+
+    def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of one picture of `size` pixels; its own size unless given."""
+        side = (size or self.base.size) // self.pipeline.vae_scale_factor
         return self.unet.config.in_channels, side, side
 
+    def spell(self, prompt: str) -> str:
+        """A prompt with every learned token of several vectors written out."""
+        for token, spelled in self._spelled.items():
+            prompt = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", spelled, prompt)
+        return prompt
+
     def tokenise(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of prompts, (n, positions) int64, cut off where the text encoder ends."""
+        """Token ids of plain prompts, (n, positions) int64, cut off where the text encoder ends."""
         words = self.tokenizer(
-            list(prompts),
+            [self.spell(prompt) for prompt in prompts],
             padding="max_length",
             truncation=True,
             max_length=self.tokenizer.model_max_length,
@@ -72,21 +93,46 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text states of prompts, (n, positions, width)."""
-        return self.states(self.tokenise(prompts))
+        """Text states of prompts, (n, chunks · positions, width): weighed words, and texts of any length.
+
+        Raises UserError for a weight too large.
+        """
+        ids, weights = prompting.tokenised(self.tokenizer, [self.spell(prompt) for prompt in prompts])
+        states = self.states(ids.flatten(0, 1).to(self.device))
+        return prompting.weighed(states.reshape(len(ids), -1, states.shape[-1]), weights.flatten(1))
 
     def states(self, ids: Tensor) -> Tensor:
-        """Text states of token ids, (n, positions, width)."""
-        return self.text_encoder(ids).last_hidden_state
+        """Text states of token ids, (n, positions, width), of the layer that clip skip asks for."""
+        if self._clip_skip == 1:
+            return self.text_encoder(ids).last_hidden_state
+        encoder = getattr(self.text_encoder, "text_model", self.text_encoder)
+        after = encoder.config.num_hidden_layers + 1 - self._clip_skip
+        hidden = self.text_encoder(ids, output_hidden_states=True).hidden_states[after]
+        return encoder.final_layer_norm(hidden)
 
     @contextmanager
-    def prepared(self, tokens: Mapping[str, Tensor], lora: LoRA | None = None) -> Iterator[None]:
-        """Within the block, learned tokens are known and `lora` is applied; afterwards the model is as before."""
+    def prepared(
+        self, tokens: Mapping[str, Tensor], lora: LoRA | None = None, clip_skip: int | None = None
+    ) -> Iterator[None]:
+        """Within the block, learned tokens are known and `lora` is applied; afterwards the model is as before.
+
+        `clip_skip`: take the text states of the last layer (1), the one before (2) …, as A1111 counts; as it was
+        unless given.
+        """
         with ExitStack() as stack:
             stack.enter_context(self._knowing(tokens))
+            stack.enter_context(self._skipping(clip_skip or self._clip_skip))
             if lora is not None:
                 stack.enter_context(self._adapted(lora))
             yield
+
+    @contextmanager
+    def _skipping(self, clip_skip: int) -> Iterator[None]:
+        before, self._clip_skip = self._clip_skip, clip_skip
+        try:
+            yield
+        finally:
+            self._clip_skip = before
 
     @contextmanager
     def _adapted(self, lora: LoRA) -> Iterator[None]:
@@ -110,15 +156,17 @@ class Backbone:
         table = self.text_encoder.get_input_embeddings()
         width = table.weight.shape[1]
         for token, vectors in tokens.items():
-            if vectors.shape != (1, width):
+            if vectors.ndim != 2 or vectors.shape[1] != width:
                 raise UserError(
-                    f"The token {token!r} has the shape {tuple(vectors.shape)}, but {self.base.title} needs "
-                    f"{(1, width)}; it was made for another model."
+                    f"The token {token!r} has vectors of the shape {tuple(vectors.shape)}, but {self.base.title} needs "
+                    f"them {width} wide; it was made for another model."
                 )
-        if known := tokens.keys() & self.tokenizer.get_vocab().keys():
+        pieces = {token: [token, *(f"{token}_{k}" for k in range(1, len(v)))] for token, v in tokens.items()}
+        names = [name for several in pieces.values() for name in several]
+        if known := set(names) & self.tokenizer.get_vocab().keys():
             raise UserError(f"The base model knows the token {min(known)!r} already; rename it.")
-        tokenizer, grown = self.tokenizer, copy.deepcopy(self.tokenizer)
-        grown.add_tokens(list(tokens))
+        spelled, tokenizer, grown = self._spelled, self.tokenizer, copy.deepcopy(self.tokenizer)
+        grown.add_tokens(names)
         learned = torch.cat([v.to(table.weight) for v in tokens.values()])
         longer = nn.Embedding.from_pretrained(
             torch.cat([table.weight.detach()[: len(tokenizer)], learned]), freeze=True
@@ -126,8 +174,10 @@ class Backbone:
         try:
             self.text_encoder.set_input_embeddings(longer)
             self.tokenizer = self.pipeline.tokenizer = grown
+            self._spelled = {t: " ".join(several) for t, several in pieces.items() if len(several) > 1}
             yield
         finally:
+            self._spelled = spelled
             self.text_encoder.set_input_embeddings(table)
             self.tokenizer = self.pipeline.tokenizer = tokenizer
 
@@ -139,21 +189,93 @@ def _adding(adapter: LowRank):  # type: ignore[no-untyped-def]  # a torch hook
     return hook
 
 
-@lru_cache(maxsize=1)
-def load(name: str = "storybook") -> Backbone:
-    """The base model called `name`, loaded once per process. Raises UserError when there is none."""
+def fetch(name: str) -> Generator[tuple[int, int], None, None]:
+    """Download the base model called `name`, if its weights are not here; yield bytes done and bytes in all.
+
+    Raises UserError when there is no such model, or it cannot be had.
+    """
     base = bases.find(name)
-    if not Path(base.source, "model_index.json").is_file():
-        raise UserError(
-            f"The weights of {base.title} are not at {base.source}; fetch the whole project again."
-        )
+    if not Path(base.source).is_absolute() and weights.located(base) is None:
+        yield from weights.fetch(base)
+
+
+def load(name: str = "storybook") -> Backbone:
+    """The base model called `name`, loaded once per process, on a GPU if there is one.
+
+    Raises UserError when there is no such model, or its weights are not here (`fetch` gets them).
+    """
+    with _LOADING:
+        return _loaded(bases.find(name))
+
+
+@lru_cache(maxsize=2)  # the built-in model, which is small, and one other
+def _loaded(base: bases.Base) -> Backbone:
+    place = weights.located(base)
+    if place is None or not (place.is_file() or (place / weights.INDEX).is_file()):
+        where = "in the cache" if base.download else f"at {base.source}; fetch the whole project again"
+        raise UserError(f"The weights of {base.title} are not {where}.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # ours is the only one
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        base.source, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline.to(device).set_progress_bar_config(disable=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _dtype(base, device)
+    try:
+        pipeline = _single_file(place, dtype) if place.is_file() else _folder(place, dtype)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # what its libraries raise for broken files
+        raise UserError(f"The weights of {base.title} at {place} cannot be loaded: {error}") from error
+    memory.placed(pipeline, device)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return Backbone(base, pipeline)
+
+
+def _dtype(base: bases.Base, device: torch.device) -> torch.dtype:
+    """What the model computes in: what ITERIS_SD_DTYPE says, else halves on a GPU, float32 elsewhere."""
+    told = os.environ.get("ITERIS_SD_DTYPE", "")
+    if told and told not in DTYPES:
+        raise UserError(f"ITERIS_SD_DTYPE is {told!r}; choose one of {', '.join(DTYPES)}.")
+    if base.family == "storybook":  # it is small, and was trained in float32
+        return torch.float32
+    return DTYPES[told or ("fp16" if device.type == "cuda" else "fp32")]
+
+
+def _folder(place: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    kind = weights.variant(place) or ""
+    safe = weights.safety_wanted() and weights.checked(place, kind)
+    without = {} if safe else {"safety_checker": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline.from_pretrained(
+        place, variant=kind or None, dtype=dtype, use_safetensors=True, local_files_only=True, **without
+    )
+
+
+def _single_file(place: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    with tempfile.TemporaryDirectory(prefix="iteris-sd-") as folder:
+        sd15.write_configuration(Path(folder))
+        return StableDiffusionPipeline.from_single_file(
+            str(place),
+            config=folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+def forget() -> None:
+    """Let loaded models go."""
+    _loaded.cache_clear()
+    skeleton.cache_clear()
+
+
+@lru_cache(maxsize=2)
+def skeleton(family: str) -> Mapping[str, nn.Module]:
+    """Layer name -> layer of a family of base models, for their shapes: no weights are needed where it is not here."""
+    if family == "storybook":
+        return load(family).layers
+    with torch.device("meta"):
+        return Backbone(bases.find(family), sd15.random_pipeline()).layers

@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from iteris_sd import bases
-from iteris_sd.concepts import Library
+from iteris_sd import bases, checkpoints
+from iteris_sd.concepts import Concept, Library
 from iteris_sd.errors import UserError
+from iteris_sd.kept import Kept
 from iteris_sd.merging import registry
 from iteris_sd.recipe import BASE_COLUMN, Recipe, Sampler
 
@@ -46,7 +47,13 @@ Concepts = Annotated[
         metavar="CONCEPTS...", help="Names (`concepts` lists them), concept folders or LoRA files."
     ),
 ]
-BaseModel = Annotated[str | None, typer.Option(help=f"The base model: {', '.join(bases.BASES)}.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help=f"The base model: {', '.join([*bases.BASES, *bases.ALLOWED])}, or the path of a diffusers folder or a "
+        "single-file checkpoint made from Stable Diffusion 1."
+    ),
+]
 Weights = Annotated[str | None, typer.Option(help="How strongly each concept is applied: 1,0.8.")]
 Parameters = Annotated[
     list[str] | None,
@@ -58,11 +65,26 @@ Samples = Annotated[int | None, typer.Option(help="Calibration samples per conce
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
-def concepts(as_json: AsJson = False) -> None:
-    """List the concepts that can be picked."""
+shelf = typer.Typer(help="List the concepts that can be picked; add, change, take away and remove your own.")
+app.add_typer(shelf, name="concepts")
+
+Name = Annotated[str, typer.Argument(help="The name of one of your own concepts.")]
+Title = Annotated[str | None, typer.Option(help="What it is called, for people.")]
+Trigger = Annotated[str | None, typer.Option(help="The words it was trained with, such as '<rex> dog'.")]
+ClassNoun = Annotated[str | None, typer.Option(help="What kind of thing it is, such as dog.")]
+Weight = Annotated[float | None, typer.Option(help="How strongly it is applied unless told.")]
+Pictures = Annotated[
+    list[Path] | None, typer.Option("--picture", help="A picture of it to score against, repeatable.")
+]
+
+
+@shelf.callback(invoke_without_command=True)
+def concepts(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the concepts that can be picked; add, change, take away and remove your own."""
+    if context.invoked_subcommand is not None:
+        return
     with _answering():
-        found = Library.shipped().concepts.values()
+        found = _at_hand().concepts.values()
         if as_json:
             _print_json([concept.described() for concept in found])
             return
@@ -70,6 +92,87 @@ def concepts(as_json: AsJson = False) -> None:
         for one in found:
             table.add_row(*map(escape, (one.name, one.title, one.trigger, one.class_noun, one.base)))
         Console().print(table)
+        for folder, problem in Kept.usual().broken.items():
+            typer.echo(f"{folder} is left out: {problem}", err=True)
+
+
+@shelf.command()
+def add(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A LoRA file, a folder, an exported .zip, or an id on the Hugging Face Hub: owner/name[:file]."
+        ),
+    ],
+    title: Title = None,
+    trigger: Trigger = None,
+    class_noun: ClassNoun = None,
+    weight: Weight = None,
+    pictures: Pictures = None,
+) -> None:
+    """Keep a concept; what is not told is guessed from its file."""
+    with _answering():
+        from iteris_sd import adding, composer, hub
+
+        kept, path = Kept.usual(), Path(source)
+        said = _said(title, trigger, class_noun, weight)
+        shown = {"references": pictures or [], **said}
+        if path.suffix == ".zip":
+            concept = adding.unpack(kept, path)
+        elif not path.exists() and (id := hub.parse(source)) is not None:
+            got = _watched(composer.downloading(adding.fetch(id), source))
+            more = {"origin": str(id), "revision": got.revision, "tokens": got.tokens}
+            concept = adding.keep(kept, got.file, **shown, **more)
+        else:
+            concept = adding.keep(kept, path, **shown)
+        _tell(concept)
+
+
+@shelf.command()
+def edit(
+    name: Name,
+    title: Title = None,
+    trigger: Trigger = None,
+    class_noun: ClassNoun = None,
+    weight: Weight = None,
+    pictures: Pictures = None,
+) -> None:
+    """Change what is said of a concept; new pictures take the place of the old ones."""
+    with _answering():
+        kept = Kept.usual()
+        if pictures:
+            kept.set_references(name, pictures)
+        _tell(kept.edit(name, **_said(title, trigger, class_noun, weight)))
+
+
+@shelf.command()
+def remove(name: Name) -> None:
+    """Remove one of your own concepts."""
+    with _answering():
+        Kept.usual().remove(name)
+        typer.echo(f"Removed {name}.")
+
+
+@shelf.command("export")
+def take_away(name: Name, file: Annotated[Path, typer.Argument(help="The .zip to write.")]) -> None:
+    """Write one of your own concepts as one zip; `concepts add` brings it back."""
+    with _answering():
+        Kept.usual().export_zip(name, file)
+        typer.echo(f"Written: {file}")
+
+
+def _said(
+    title: str | None, trigger: str | None, class_noun: str | None, weight: float | None
+) -> dict[str, Any]:
+    words = {"title": title, "trigger": trigger, "class_noun": class_noun, "weight": weight}
+    return {word: value for word, value in words.items() if value is not None}
+
+
+def _tell(concept: Concept) -> None:
+    typer.echo(
+        f"Kept {concept.name}: trigger {concept.trigger!r}, class noun {concept.class_noun!r}, for "
+        f"{bases.find(concept.base).title}."
+    )
 
 
 @app.command()
@@ -101,6 +204,19 @@ def compose(
         float | None, typer.Option(help="How strongly the prompt is followed; 1: no guidance.")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"{', '.join(get_args(Sampler))}.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels; the base model's own unless given.")
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(help="Which layer of the text encoder is read: 1 the last, 2 the one before …"),
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help="Who scores: storybook, vit-l-14 or none; the base model's own scorer unless given."
+        ),
+    ] = None,
     base: BaseModel = None,
     weights: Weights = None,
     samples: Samples = None,
@@ -111,7 +227,7 @@ def compose(
 ) -> None:
     """Merge concepts by several methods, draw the same seeds with each, and score the pictures."""
     with _answering():
-        told = Recipe.read(recipe) if recipe else None
+        told = _told(recipe) if recipe else None
         drawing = {
             "prompt": prompt,
             "negative": negative,
@@ -119,6 +235,9 @@ def compose(
             "sampler": sampler,
             "steps": steps,
             "guidance": guidance,
+            "size": size,
+            "clip_skip": clip_skip,
+            "scorer": scorer,
         }
         columns = None if methods is None else _words(methods)
         asked = _recipe(told, names, columns, base, weights, samples, parameters, drawing)
@@ -126,6 +245,9 @@ def compose(
 
         export.check_folder(output)
         library = _library(asked)
+        if told is None and base is None:
+            suiting = _suiting(asked, library)
+            asked = _recipe(None, names, columns, suiting, weights, samples, parameters, drawing)
         from iteris_sd import composer
 
         made = _watched(composer.compose(asked, library))
@@ -171,10 +293,6 @@ def merge(
         registry.find(method)
         words = {"prompt": "a picture"}  # a recipe has a prompt, which the merge does not depend on
         asked = _recipe(None, names, [method], base, weights, samples, parameters, words)
-        seen = {"unconditional": unconditional, "tokens_per_sample": tokens_per_sample}
-        given = {name: value for name, value in seen.items() if value is not None}
-        data = asked.model_dump()
-        asked = Recipe.of({**data, "calibration": {**data["calibration"], **given}})
         from iteris_sd import export
 
         form = export.Form(layout, precision, bundle_tokens)
@@ -182,6 +300,10 @@ def merge(
         if diagnostics is not None:
             export.check_folder(diagnostics)
         library = _library(asked)
+        suiting = base or _suiting(asked, library)
+        asked = _recipe(None, names, [method], suiting, weights, samples, parameters, words)
+        seen = {"unconditional": unconditional, "tokens_per_sample": tokens_per_sample}
+        asked = _seeing(asked, seen)
         from iteris_sd import composer
 
         picked, merged = _watched(composer.merge_all(asked, library, measured=diagnostics is not None))
@@ -246,10 +368,20 @@ def bench_merge(
         if as_json:
             _print_json(merging.described(result))
             return
-        table = Table("What", "Measured")
-        for name, value in merging.lines(result):
-            table.add_row(name, value)
-        Console().print(table)
+        _print_measured(merging.lines(result))
+
+
+@bench.command(name="render")
+def bench_render(as_json: AsJson = False) -> None:
+    """Draw with several random LoRAs in Stable Diffusion v1.5's shapes, here and by the plain diffusers loop."""
+    with _answering():
+        from iteris_sd.benchmarks import rendering
+
+        result = rendering.run(rendering.on_this_machine())
+        if as_json:
+            _print_json(rendering.described(result))
+            return
+        _print_measured(rendering.lines(result))
 
 
 @app.command(name="app")
@@ -302,8 +434,30 @@ def _watched(work: Generator[Event, None, T]) -> T:
                 bar.update(task, description=event.stage, completed=event.done, total=event.total)
 
 
+def _told(path: Path) -> Recipe:
+    """A recipe from a file; its base model may be at a path."""
+    data = Recipe.data(path)
+    if isinstance(data.get("base"), str):
+        data["base"] = checkpoints.opened(data["base"]).name
+    return Recipe.of(data)
+
+
 def _library(recipe: Recipe) -> Library:
-    return Library.shipped().opening(use.name for use in recipe.concepts)
+    """The concepts at hand, and those that the recipe names by a path or an id on the Hub, which are fetched."""
+    from iteris_sd import adding, composer
+
+    work = adding.opening(_at_hand(), [use.name for use in recipe.concepts])
+    return _watched(composer.downloading(work, "a LoRA"))
+
+
+def _at_hand() -> Library:
+    return Kept.usual().library().joined(Library.shipped())
+
+
+def _suiting(recipe: Recipe, library: Library) -> str | None:
+    """The base model that all concepts of a recipe were made for; None where they differ."""
+    found = {library.find(use.name).base for use in recipe.concepts}
+    return found.pop() if len(found) == 1 else None
 
 
 def _recipe(
@@ -317,6 +471,7 @@ def _recipe(
     drawing: Mapping[str, Any],
 ) -> Recipe:
     """The recipe that was `told`, or the base model's defaults, with what was given put in its place."""
+    base = None if base is None else checkpoints.opened(base).name
     data = told.model_dump() if told else _defaults(base)
     data |= {name: value for name, value in {"base": base, **drawing}.items() if value is not None}
     if names:
@@ -338,12 +493,24 @@ def _recipe(
     return Recipe.of(data)
 
 
+def _seeing(recipe: Recipe, seen: Mapping[str, int | None]) -> Recipe:
+    """The recipe with those of its calibration's values that were given."""
+    given = {name: value for name, value in seen.items() if value is not None}
+    data = recipe.model_dump()
+    return Recipe.of({**data, "calibration": {**data["calibration"], **given}})
+
+
 def _defaults(base: str | None) -> dict[str, Any]:
     """A recipe's values where nothing was said."""
     plain = {name: field.default for name, field in Recipe.model_fields.items() if not field.is_required()}
     chosen = bases.find(base or plain["base"])
     methods = [use.model_dump() for use in plain["methods"]]
-    own = {"steps": chosen.steps, "guidance": chosen.guidance, "methods": methods}
+    own = {
+        "steps": chosen.steps,
+        "guidance": chosen.guidance,
+        "sampler": chosen.sampler,
+        "methods": methods,
+    }
     return plain | own | {"calibration": plain["calibration"].model_dump(), "concepts": [], "prompt": ""}
 
 
@@ -364,6 +531,13 @@ def _turned(methods: Sequence[Mapping[str, Any]], dial: str) -> list[dict[str, A
         else dict(use)
         for use in methods
     ]
+
+
+def _print_measured(lines: Sequence[tuple[str, str]]) -> None:
+    table = Table("What", "Measured")
+    for name, value in lines:
+        table.add_row(name, value)
+    Console().print(table)
 
 
 def _words(text: str) -> list[str]:

@@ -10,12 +10,14 @@ import re
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 
+from iteris_sd import bases, prompting
 from iteris_sd.concepts import Library, Loaded, check_together
+from iteris_sd.errors import UserError
 from iteris_sd.layers import check_fit
 from iteris_sd.lora import LoRA
 from iteris_sd.recipe import BASE_COLUMN, MethodUse, Recipe, fill
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 
     from iteris_sd.backbone import Backbone
     from iteris_sd.calibration import Merged
+    from iteris_sd.calibration import Progress as Step
+    from iteris_sd.rendering import Settings
     from iteris_sd.samples import Inputs
-    from iteris_sd.scoring import Score, Scorer
+    from iteris_sd.scoring import NoScorer, Score, Scorer
 
 T = TypeVar("T")
 
@@ -52,13 +56,14 @@ class MergeDone:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One finished picture, its scores, and the prompt it was drawn from."""
+    """One finished picture, its scores, and the prompt it was drawn from; `flagged`: the safety checker blanked it."""
 
     method: str
     seed: int
     image: Image.Image
     prompt: str
     score: Score
+    flagged: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +93,11 @@ Event = Progress | MergeDone | Picture | Composition
 def pick(recipe: Recipe, library: Library) -> list[Loaded]:
     """Load the concepts of a recipe and check that they go together. Raises UserError."""
     picked = [library.find(use.name).load() for use in recipe.concepts]
-    check_together(picked, recipe.base)
+    check_together(picked, bases.find(recipe.base).family)
+    if recipe.sampler == "lcm" and not any(one.distils for one in picked):
+        raise UserError(
+            "The sampler lcm needs an LCM-LoRA among the concepts, found none; add one, or choose another sampler."
+        )
     return picked
 
 
@@ -98,18 +107,25 @@ def all_tokens(picked: Sequence[Loaded]) -> dict[str, Tensor]:
 
 
 def prompt_with_triggers(recipe: Recipe, picked: Sequence[Loaded]) -> str:
-    """The prompt that the merged model gets."""
-    return fill(recipe.prompt, [one.concept.trigger for one in picked])
+    """The prompt that the merged model gets; brackets of a trigger are part of it, not marks of weight."""
+    return fill(recipe.prompt, [prompting.escaped(one.concept.trigger) for one in picked])
 
 
-def prompt_in_plain_words(recipe: Recipe, picked: Sequence[Loaded]) -> str:
-    """The prompt for the base model and for the scorer, which know no learned tokens: triggers become class nouns."""
+def prompt_for_base(recipe: Recipe, picked: Sequence[Loaded]) -> str:
+    """The prompt for the base model, which knows no learned tokens: triggers become class nouns, weights stay."""
     plain = {token.lower(): one.concept.class_noun for one in picked for token in one.tokens}
-    plain |= {one.concept.trigger.lower(): one.concept.class_noun for one in picked}
+    plain |= {prompting.escaped(one.concept.trigger.lower()): one.concept.class_noun for one in picked}
     longest_first = sorted(plain, key=len, reverse=True)
     known = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in longest_first)
     prompt = prompt_with_triggers(recipe, picked)
-    return re.sub(known, lambda words: plain[words[0].lower()], prompt, flags=re.IGNORECASE)
+    return re.sub(
+        known, lambda words: prompting.escaped(plain[words[0].lower()]), prompt, flags=re.IGNORECASE
+    )
+
+
+def prompt_in_plain_words(recipe: Recipe, picked: Sequence[Loaded]) -> str:
+    """The prompt for the scorer: class nouns in place of triggers, and no marks of weight."""
+    return prompting.plain(prompt_for_base(recipe, picked))
 
 
 def merge(
@@ -120,23 +136,44 @@ def merge(
     inputs: Sequence[Inputs] | None,
 ) -> Generator[Progress, None, Merged]:
     """Merge the picked LoRAs by one method; yield progress, return the result. Tokens must be known already."""
-    from iteris_sd import calibration, samples
+    from iteris_sd import calibration, memory, samples
     from iteris_sd.merging import registry
 
     loras = weighted(recipe, picked)
-    fed, wanted = None, calibration.contested(loras, method.name, method.parameters)
-    if wanted and registry.find(method.name).needs == "words":
-        fed = samples.of_words(backbone, picked, wanted)
-    elif inputs is not None:
-        fed = samples.for_merging(backbone, inputs, wanted, recipe.calibration.tokens_per_sample)
-    work = calibration.merge(backbone.layers, loras, fed, method.name, method.parameters)
+    wanted = calibration.contested(loras, method.name, method.parameters)
+    parts = 1
+    while True:
+        fed = None
+        if wanted and registry.find(method.name).needs == "words":
+            fed = samples.of_words(backbone, picked, wanted)
+        elif inputs is not None:
+            seen = recipe.calibration.tokens_per_sample
+            fed = samples.for_merging(backbone, inputs, wanted, seen, parts)
+        work = calibration.merge(backbone.layers, loras, fed, method.name, method.parameters)
+        try:
+            return (yield from _stages(work, method.name))
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+        memory.tidy()
+        if fed is None or fed.micro_batch == 1:
+            raise UserError(
+                f"Memory ran out while merging by {title(method.name)}. Look at fewer tokens per sample, take fewer "
+                "samples, or merge fewer concepts."
+            )
+        parts *= 2
+
+
+def _stages(work: Generator[Step, None, Merged], method: str) -> Generator[Progress, None, Merged]:
+    """Pass on the steps of a merge as progress, and return its result."""
     with closing(work):
         while True:
             try:
                 step = next(work)
             except StopIteration as stop:
-                return stop.value
-            yield Progress(f"Merging by {title(method.name)}: {step.stage}", step.step, step.steps)
+                merged: Merged = stop.value
+                return merged
+            yield Progress(f"Merging by {title(method)}: {step.stage}", step.step, step.steps)
 
 
 def weighted(recipe: Recipe, picked: Sequence[Loaded]) -> list[LoRA]:
@@ -202,7 +239,7 @@ def merge_all(
     `measured`: of every merge, whatever its method, also measure how well it serves the concepts, by one pass more.
     """
     picked, backbone = yield from _begun(recipe, library)
-    with backbone.prepared(all_tokens(picked)):
+    with backbone.prepared(all_tokens(picked), clip_skip=recipe.clip_skip):
         return picked, (yield from _merged_by_all(backbone, recipe, picked, measured))
 
 
@@ -212,6 +249,8 @@ def _begun(recipe: Recipe, library: Library) -> Generator[Progress, None, tuple[
 
     yield Progress("Loading the base model", 0, 1)
     picked = pick(recipe, library)
+    base = bases.find(recipe.base)
+    yield from downloading(backbones.fetch(recipe.base), base.title)
     backbone = backbones.load(recipe.base)
     for one in picked:
         check_fit(one.lora, backbone.layers, f"The LoRA of {one.concept.name}")
@@ -242,28 +281,31 @@ def compose(recipe: Recipe, library: Library) -> Generator[Event, None, Composit
 
     Raises UserError before any work is lost.
     """
-    from iteris_sd import bases, scoring
+    from iteris_sd import rendering
 
     started = time.perf_counter()
     picked, backbone = yield from _begun(recipe, library)
     yield Progress("Loading the scorer", 0, 1)
-    scorer = scoring.load(bases.find(recipe.base).scorer)
+    scorer = _scorer(recipe)
     references = {
         one.concept.name: scorer.reference(shown) for one in picked if (shown := one.concept.pictures())
     }
     pictures: list[Picture] = []
-    with backbone.prepared(all_tokens(picked)):
+    settings = rendering.Settings(recipe.sampler, recipe.steps, recipe.guidance, recipe.size)
+    batch = rendering.together(backbone, settings)
+    with backbone.prepared(all_tokens(picked), clip_skip=recipe.clip_skip):
         merging = time.perf_counter()
         merged = yield from _merged_by_all(backbone, recipe, picked)
         drawing = time.perf_counter()
-        for seed in recipe.seeds:
+        for k in range(0, len(recipe.seeds), batch):
             for method in recipe.methods:
                 lora = merged[method.name].lora if method.name in merged else None
-                picture = yield from _draw(
-                    backbone, recipe, picked, method.name, seed, lora, scorer, references
-                )
-                pictures.append(picture)
-                yield picture
+                seeds = recipe.seeds[k : k + batch]
+                with backbone.prepared({}, lora):
+                    drawn = yield from _draw(backbone, recipe, picked, method.name, seeds, settings)
+                for one in _scored(drawn, recipe, picked, scorer, references):
+                    pictures.append(one)
+                    yield one
     ended = time.perf_counter()
     seconds = {"loading": merging - started, "merging": drawing - merging, "drawing": ended - drawing}
     made = Composition(recipe, tuple(picked), merged, tuple(pictures), scorer.name, seconds)
@@ -271,27 +313,76 @@ def compose(recipe: Recipe, library: Library) -> Generator[Event, None, Composit
     return made
 
 
+def _scorer(recipe: Recipe) -> Scorer | NoScorer:
+    """The scorer that a recipe asks for.
+
+    Where the base model's own is to be downloaded and cannot be, pictures go unscored, and say so.
+    """
+    from iteris_sd import scoring
+
+    if recipe.scorer == "none":
+        return scoring.NoScorer("nobody: no scorer was asked for")
+    if recipe.scorer:
+        return scoring.load(recipe.scorer)
+    own = bases.find(recipe.base).scorer
+    try:
+        return scoring.load(own)
+    except UserError as error:
+        if scoring.SCORERS[own].pretrained is None:
+            raise
+        return scoring.NoScorer(f"nobody: {error}")
+
+
 def _draw(
     backbone: Backbone,
     recipe: Recipe,
     picked: Sequence[Loaded],
     method: str,
-    seed: int,
-    lora: LoRA | None,
-    scorer: Scorer,
-    references: Mapping[str, Tensor],
-) -> Generator[Progress, None, Picture]:
-    from iteris_sd import rendering
+    seeds: Sequence[int],
+    settings: Settings,
+) -> Generator[Progress, None, list[Picture]]:
+    """The pictures of one method, not yet scored."""
+    from iteris_sd import rendering, scoring
 
-    plain = prompt_in_plain_words(recipe, picked)
-    prompt = plain if method == BASE_COLUMN else prompt_with_triggers(recipe, picked)
-    settings = rendering.Settings(recipe.sampler, recipe.steps, recipe.guidance)
-    stage = f"Drawing {title(method)}, seed {seed}"
-    with backbone.prepared({}, lora):
-        work = rendering.render(backbone, prompt, recipe.negative, seed, settings)
-        image = yield from _relayed(work, stage, recipe.steps)
-    (score,) = scorer.score([image], plain, references)
-    return Picture(method, seed, image, prompt, score)
+    of_base = method == BASE_COLUMN
+    prompt = (prompt_for_base if of_base else prompt_with_triggers)(recipe, picked)
+    which = "seed" if len(seeds) == 1 else "seeds"
+    stage = f"Drawing {title(method)}, {which} {', '.join(map(str, seeds))}"
+    work = rendering.render(backbone, prompt, recipe.negative, seeds, settings)
+    drawn = yield from _relayed(work, stage, recipe.steps)
+    return [
+        Picture(method, seed, one.image, prompt, scoring.UNSCORED, one.flagged)
+        for seed, one in zip(seeds, drawn, strict=True)
+    ]
+
+
+def _scored(
+    pictures: Sequence[Picture],
+    recipe: Recipe,
+    picked: Sequence[Loaded],
+    scorer: Scorer | NoScorer,
+    references: Mapping[str, Tensor],
+) -> list[Picture]:
+    """The pictures with their scores; one that was blanked gets none."""
+    seen = [picture for picture in pictures if not picture.flagged]
+    scores = scorer.score([p.image for p in seen], prompt_in_plain_words(recipe, picked), references)
+    found = {p.seed: score for p, score in zip(seen, scores, strict=True)}
+    return [replace(p, score=found[p.seed]) if p.seed in found else p for p in pictures]
+
+
+def downloading(work: Generator[tuple[int, int], None, T], what: str) -> Generator[Progress, None, T]:
+    """Pass on the bytes of a download as progress in kilobytes, its size in words, and return its result."""
+    from iteris_sd import hub
+
+    with closing(work):
+        while True:
+            try:
+                done, total = next(work)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            stage = f"Downloading {what}, once: {hub.readable(total)}"
+            yield Progress(stage, done // 1000, max(1, total // 1000))
 
 
 def _relayed(work: Generator[int, None, T], stage: str, total: int) -> Generator[Progress, None, T]:

@@ -2,10 +2,10 @@
 
 A concept is a folder::
 
-    concept.json                     name, title, trigger, class_noun, base, description, licence
-    lora.safetensors
+    concept.json                     name, title, trigger, class_noun, base, description, licence, weight, source …
+    lora.safetensors                 or lora/, as PEFT has saved it
     embeddings/<token>.safetensors   one learned token each; the token is written in the file
-    references/*.png                 up to ten pictures
+    references/*                     up to ten pictures: png, jpg, jpeg or webp
 
 Nothing here loads tensors until `load` is called, so that a page can list concepts at once.
 """
@@ -13,7 +13,8 @@ Nothing here loads tensors until `load` is called, so that a page can list conce
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,20 @@ if TYPE_CHECKING:
 
     from iteris_sd.lora import LoRA
 
-_USUAL_STEMS = ("lora", "pytorch_lora_weights", "model")  # file names that say nothing of their content
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+USUAL_STEMS = ("lora", "pytorch_lora_weights", "model", "adapter_model")  # file names that say nothing
+_UNSAFE = re.compile(
+    r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]"
+)  # controls, and halves of characters
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing a LoRA was trained on. `trigger` stands for it in prompts, `class_noun` says what it is."""
+    """One thing a LoRA was trained on. `trigger` stands for it in prompts, `class_noun` says what it is.
+
+    `weight`: how strongly it is applied unless told. `source`, `revision`: where it came from, a file's name or an id
+    on the Hub and its commit.
+    """
 
     name: str
     title: str
@@ -44,10 +53,23 @@ class Concept:
     base: str = "storybook"
     description: str = ""
     licence: str = ""
+    weight: float = 1.0
+    source: str = ""
+    revision: str = ""
 
     def described(self) -> dict[str, Any]:
         """What the terminal and the page show of it, as plain values."""
-        shown = ("name", "title", "trigger", "class_noun", "base", "description", "licence")
+        shown = (
+            "name",
+            "title",
+            "trigger",
+            "class_noun",
+            "base",
+            "description",
+            "licence",
+            "weight",
+            "source",
+        )
         return {key: getattr(self, key) for key in shown} | {"references": len(self.references)}
 
     def load(self) -> Loaded:
@@ -62,7 +84,7 @@ class Concept:
 
     def pictures(self) -> list[Image.Image]:
         """Its reference pictures. Raises UserError when one cannot be opened."""
-        return [_open_picture(path) for path in self.references]
+        return [open_picture(path) for path in self.references]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +95,12 @@ class Loaded:
     lora: LoRA
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     sha256: str = ""
+
+    @property
+    def distils(self) -> bool:
+        """Whether it is an LCM-LoRA, which the sampler lcm needs, by what it or its file is called."""
+        called = (self.concept.name, self.concept.title, self.concept.source, *self.concept.lora.parts[-2:])
+        return any(re.search(r"(?<![a-z])lcm(?![a-z])", text.lower()) for text in called)
 
 
 @dataclass(frozen=True)
@@ -102,6 +130,11 @@ class Library:
             raise UserError(f"There is already a concept called {concept.name!r}; choose another name.")
         return Library({**self.concepts, concept.name: concept})
 
+    def joined(self, other: Library) -> Library:
+        """The concepts of both, these first; of two that are called the same, this library's."""
+        more = {name: concept for name, concept in other.concepts.items() if name not in self.concepts}
+        return Library({**self.concepts, **more})
+
     def find(self, name: str) -> Concept:
         """The concept called `name`. Raises UserError when there is none."""
         if name not in self.concepts:
@@ -110,78 +143,87 @@ class Library:
             )
         return self.concepts[name]
 
-    def opening(self, names: Iterable[str]) -> Library:
-        """The library and those of `names` that are paths of concept folders or LoRA files.
-
-        For a terminal, whose user may open any file; a page must not. Raises UserError when a name is unknown or a
-        path leads nowhere.
-        """
-        unknown = [name for name in names if name not in self.concepts]
-        found = {name: _opened(Path(name)) if _is_path(name) else self.find(name) for name in unknown}
-        return Library({**self.concepts, **found})
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name is meant as a path: it has a suffix or a folder in it, or it is there."""
-    path = Path(name)
-    return bool(path.suffix) or len(path.parts) > 1 or path.exists()
-
-
-def _opened(path: Path) -> Concept:
-    return read_concept(path) if path.is_dir() else from_file(path)
-
 
 def read_concept(folder: Path) -> Concept:
-    """A concept from its folder. Raises UserError when `concept.json` is missing or incomplete."""
+    """A concept from its folder. Raises UserError when `concept.json` is missing, incomplete or out of bounds."""
     path = folder / "concept.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Concept(
-            name=_word("name", data["name"]),
-            title=_word("title", data["title"]),
-            trigger=_word("trigger", data["trigger"]),
-            class_noun=_word("class noun", data["class_noun"]),
-            lora=folder / "lora.safetensors",
-            embeddings=tuple(sorted((folder / "embeddings").glob("*.safetensors"))),
-            references=tuple(sorted((folder / "references").glob("*.png"))[: limits.MAX_REFERENCES]),
-            base=data.get("base", "storybook"),
-            description=data.get("description", ""),
-            licence=data.get("licence", ""),
-        )
+        if path.stat().st_size > limits.MAX_CONCEPT_BYTES:
+            raise UserError(
+                f"{path} is no description of a concept: it has more than {limits.MAX_CONCEPT_BYTES:,} bytes."
+            )
+        return _told(folder, json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{folder} is no concept: {path.name} cannot be read ({error.strerror}).") from error
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no description of a concept: it is not a JSON object.") from error
     except KeyError as error:
         raise UserError(f"{path} is no description of a concept: it does not tell its {error}.") from error
 
 
-def from_file(
-    path: Path, *, name: str = "", trigger: str = "", class_noun: str = "", base: str = "storybook"
-) -> Concept:
-    """A concept from a bare LoRA file; what is not said is guessed from the file's name.
+def _told(folder: Path, data: Mapping[str, Any]) -> Concept:
+    """A concept from its folder and what its description says. Raises KeyError for what it does not."""
+    file, peft = folder / "lora.safetensors", folder / "lora"
+    pictures = sorted(p for p in (folder / "references").glob("*") if p.suffix.lower() in PICTURES)
+    return Concept(
+        name=_word("name", data["name"]),
+        title=_word("title", data["title"]),
+        trigger=_word("trigger", data["trigger"]),
+        class_noun=_word("class noun", data["class_noun"]),
+        lora=peft if peft.is_dir() and not file.exists() else file,
+        embeddings=tuple(sorted((folder / "embeddings").glob("*.safetensors"))),
+        references=tuple(pictures[: limits.MAX_REFERENCES]),
+        base=_word("base model", data.get("base", "storybook")),
+        description=_remark("description", data.get("description", "")),
+        licence=_remark("licence", data.get("licence", "")),
+        weight=_weight(data.get("weight", 1.0)),
+        source=_remark("source", data.get("source", "")),
+        revision=_remark("revision", data.get("revision", "")),
+    )
 
-    Raises UserError when the file is missing, or a word is too long.
-    """
-    if not path.is_file():
-        raise UserError(f"There is no concept and no file {str(path)!r}; `concepts` lists the names.")
-    stem = path.absolute().parent.name if path.stem in _USUAL_STEMS else path.stem
-    name = _word("name", name or stem)
-    noun = _word("class noun", class_noun or stem.replace("_", " ").replace("-", " "))
-    return Concept(name, name, _word("trigger", trigger or noun), noun, path, base=base)
+
+def tidy(text: str) -> str:
+    """A text in one line, without control characters."""
+    return " ".join(_UNSAFE.sub("", text).split())
+
+
+def in_words(name: str) -> str:
+    """A file's name as people would say it."""
+    return tidy(name.replace("_", " ").replace("-", " "))
 
 
 def _word(what: str, word: object) -> str:
-    """A name for people, stripped. Raises UserError when it is no text, empty or too long."""
-    if not isinstance(word, str) or not word.strip():
+    """A name for people, tidy. Raises UserError when it is no text, empty or too long."""
+    if not isinstance(word, str) or not (found := tidy(word)):
         raise UserError(f"The {what} of a concept must be a word or a few, not {word!r}.")
-    if len(word.strip()) > limits.MAX_NAME_CHARS:
+    if len(found) > limits.MAX_NAME_CHARS:
         raise UserError(
-            f"The {what} has {len(word.strip())} characters; at most {limits.MAX_NAME_CHARS} are allowed."
+            f"The {what} has {len(found)} characters; at most {limits.MAX_NAME_CHARS} are allowed."
         )
-    return word.strip()
+    return found
+
+
+def _remark(what: str, text: object) -> str:
+    """What may be said of a concept, tidy. Raises UserError when it is no text or too long."""
+    if not isinstance(text, str):
+        raise UserError(f"The {what} of a concept must be a text, not {text!r}.")
+    if len(text) > limits.MAX_REMARK_CHARS:
+        raise UserError(
+            f"The {what} has {len(text)} characters; at most {limits.MAX_REMARK_CHARS} are allowed."
+        )
+    return tidy(text)
+
+
+def _weight(weight: object) -> float:
+    """How strongly a concept is applied. Raises UserError when that is no number or out of bounds."""
+    number = weight if isinstance(weight, int | float) and not isinstance(weight, bool) else 0
+    if not 0 < number <= limits.MAX_WEIGHT:
+        raise UserError(
+            f"The weight of a concept must be a number above 0 and at most {limits.MAX_WEIGHT:g}, not {weight!r}."
+        )
+    return float(number)
 
 
 def check_together(picked: Sequence[Loaded], base: str) -> None:
@@ -213,15 +255,19 @@ def check_together(picked: Sequence[Loaded], base: str) -> None:
                 )
 
 
-def _open_picture(path: Path) -> Image.Image:
-    from PIL import Image
+def open_picture(path: Path) -> Image.Image:
+    """A picture, upright and in RGB. Raises UserError when it is too large, or none that can be opened."""
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as picture:
+        # Formats are named, because Pillow hands others, whatever the file is called, to programs such as Ghostscript.
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
             if picture.width * picture.height > limits.MAX_PICTURE_PIXELS:
                 raise UserError(
                     f"{path.name} has more than {limits.MAX_PICTURE_PIXELS} pixels; make it smaller."
                 )
-            return picture.convert("RGB")
-    except OSError as error:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except UserError:
+        raise
+    except Exception as error:  # a decoder that meets a broken file fails in ways of its own
         raise UserError(f"{path.name} is no picture that can be opened.") from error

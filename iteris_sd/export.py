@@ -219,6 +219,7 @@ def _facts(picture: Picture) -> dict[str, Any]:
         "seed": picture.seed,
         "prompt": picture.prompt,
         "scores": asdict(picture.score),
+        "flagged": picture.flagged,
     }
 
 

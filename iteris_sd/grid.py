@@ -19,6 +19,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL = 256  # pixels: smaller pictures are enlarged, by a whole factor, to about this side
 GAP = 12
 MARGIN = 20
+FLAGGED = "blanked by the safety checker"
 INK, FAINT, PAPER = "#1d1f24", "#5c6370", "#ffffff"
 HEADING, CAPTION = 17, 13  # font sizes in pixels
 
@@ -61,7 +62,8 @@ def _cell(picture: Picture | None, width: int) -> Image.Image:
     height = round(width * picture.image.height / picture.image.width)
     enlarged = picture.image.resize((width, height), Image.Resampling.LANCZOS)
     scores = {"text": picture.score.text, **picture.score.images}
-    caption = [f"{name} {value:.2f}" for name, value in scores.items()]
+    caption = [f"{name} {value:.2f}" for name, value in scores.items() if value is not None]
+    caption += [FLAGGED] if picture.flagged else []
     return _below([enlarged, _text(caption, CAPTION, width, FAINT, between="   ")], gap=GAP // 3)
 
 

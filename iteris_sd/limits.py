@@ -14,6 +14,15 @@ MAX_CONFIG_BYTES = 1024**2  # PEFT settings that list every layer of a U-Net tak
 MAX_TOKENS = 64  # learned tokens in one file; pivotal tuning uses two or three
 MAX_TOKEN_CHARS = 128  # a learned token is one word of a prompt
 
+# The page
+MAX_WAITING = 32  # requests in the queue; more would wait longer than anybody does
+MAX_PUBLIC_PICTURES = 32  # of one composition on a public page: minutes of a shared GPU
+MAX_PUBLIC_STEPS = 50  # denoising steps there
+MAX_GPU_SECONDS = 120  # of a shared GPU that one composition may ask for
+
+# Base models
+MAX_CHECKPOINT_BYTES = 16 * 1024**3  # SD v1.5 with its EMA in fp32 is 8 GB
+
 # Merging
 MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper caps at 20
 MAX_FRONTIER_BYTES = 4 * 1024**3  # what waiting micro-batches may hold in memory; the rest goes to disk
@@ -31,6 +40,9 @@ MAX_STEPS = 100  # the paper's own number; more shows no gain
 MAX_GUIDANCE = 20.0  # beyond it pictures burn out
 MAX_WEIGHT = 4.0  # a LoRA applied more strongly than this breaks the base model
 MAX_PROMPT_CHARS = 1000  # 77 tokens are read; a thousand characters hold several times as many
+MAX_PROMPT_WEIGHT = 4.0  # words weighed more than this push the text states out of what the U-Net knows
+MAX_CLIP_SKIP = 4  # the last quarter of the text encoder; models were trained on its end, or the layer before
+MIN_SIZE, MAX_SIZE = 64, 1024  # pixels; SD v1.5 repeats its subjects above 768
 MAX_SAMPLES = 256  # calibration samples per concept; the paper takes 50
 MIN_TOKENS_PER_SAMPLE = 77  # of a text all positions count, as in the paper
 MAX_TRAJECTORY_STEPS = 50  # denoising steps that calibration samples are taken from
@@ -40,6 +52,15 @@ MAX_RECIPE_BYTES = 256 * 1024  # a recipe is a page of text
 MAX_REFERENCES = 10  # reference pictures per concept
 MAX_PICTURE_PIXELS = 64 * 1024**2  # a large photograph; more is a decompression bomb
 MAX_NAME_CHARS = 64  # of a concept's name, trigger and class noun
+MAX_REMARK_CHARS = 1000  # of a concept's description, licence and source: a paragraph each
+MAX_CONCEPT_BYTES = 256 * 1024  # concept.json is a page of text
+MAX_EMBEDDINGS = 32  # files of learned tokens of one concept; pivotal tuning uses two or three
+MAX_REFERENCE_SIDE = 1024  # pixels that a kept picture is shrunk to; scorers look at 224
+MAX_ZIP_ENTRIES = 64  # a concept with all its tokens and pictures has fewer
+MAX_ZIP_READ_BYTES = 1024**2  # of a zip at once; its list of entries takes 10 kB, but is as long as it says
+MAX_ZIP_RATIO = (
+    100  # a zip may unpack to so many times its size; weights and pictures hardly shrink, text tenfold
+)
 
 # Training
 MAX_PHOTOS = 100  # of one concept; a handful is usual, and all are held in memory

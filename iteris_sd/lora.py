@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,9 @@ class LoRA(Mapping[str, LowRank]):
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         kernels = {name: kernel for name, kernel in self.kernels.items() if name in self.layers}
         object.__setattr__(self, "kernels", MappingProxyType(kernels))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # read-only views cannot be pickled
+        return LoRA, (dict(self.layers), dict(self.kernels))
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from iteris_sd import bases, limits
+from iteris_sd import bases, limits, prompting
 from iteris_sd.errors import UserError
 from iteris_sd.merging import registry
 
 BASE_COLUMN = "base"  # the reference column: no LoRA at all
-Sampler = Literal["ddim", "dpm++", "ddpm"]
+Sampler = Literal["ddim", "dpm++", "ddpm", "euler a", "unipc", "lcm"]
+Scoring = Literal["", "storybook", "vit-l-14", "none"]
 _PLACE = re.compile(r"\{(\d+)\}")
 
 
@@ -86,6 +87,8 @@ class Recipe(_Value):
     """One composition: which concepts, which picture, by which methods, from which seeds, how drawn.
 
     In `prompt`, `{0}`, `{1}` … stand for the trigger phrases of `concepts` in order; triggers may be written out, too.
+    `(word:1.2)` weighs words there and in `negative`. `size` in pixels and `scorer`: the base model's own unless given.
+    `clip_skip`: which of the text encoder's layers is read, 1 the last one, as A1111 counts.
     """
 
     version: Literal[1] = 1
@@ -102,6 +105,9 @@ class Recipe(_Value):
     sampler: Sampler = "ddim"
     steps: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] = 20
     guidance: Annotated[float, Field(ge=1.0, le=limits.MAX_GUIDANCE)] = 4.0
+    size: Annotated[int, Field(ge=limits.MIN_SIZE, le=limits.MAX_SIZE, multiple_of=64)] | None = None
+    clip_skip: Annotated[int, Field(ge=1, le=limits.MAX_CLIP_SKIP)] = 1
+    scorer: Scoring = ""
     calibration: Calibration = Calibration()
 
     @field_validator("base")
@@ -139,7 +145,14 @@ class Recipe(_Value):
             raise UserError(
                 f"The prompt has {len(prompt)} characters; at most {limits.MAX_PROMPT_CHARS} are allowed."
             )
+        prompting.parse(prompt)
         return prompt.strip()
+
+    @field_validator("negative")
+    @classmethod
+    def _negative_can_be_read(cls, negative: str) -> str:
+        prompting.parse(negative)
+        return negative
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -171,6 +184,11 @@ class Recipe(_Value):
     @staticmethod
     def read(path: Path) -> Recipe:
         """A recipe from a JSON file. Raises UserError when it is missing, too large, no JSON, or no recipe."""
+        return Recipe.of(Recipe.data(path))
+
+    @staticmethod
+    def data(path: Path) -> dict[str, Any]:
+        """The plain values in a recipe's JSON file. Raises UserError when it is missing, too large or no JSON."""
         try:
             if path.stat().st_size > limits.MAX_RECIPE_BYTES:
                 raise UserError(
@@ -185,7 +203,7 @@ class Recipe(_Value):
             raise UserError(f"{path} is no recipe: it is not valid JSON.") from error
         if not isinstance(data, dict):
             raise UserError(f"{path} is no recipe: a JSON object is expected, found {type(data).__name__}.")
-        return Recipe.of(data)
+        return data
 
     def json_text(self) -> str:
         """The recipe as readable JSON."""

@@ -80,7 +80,7 @@ def gather(
     stops = torch.arange(chosen.samples).remainder(chosen.steps)[
         torch.randperm(chosen.samples, generator=generator)
     ]
-    start = rendering.initial_latents(backbone, generator, chosen.samples)
+    start = rendering.initial_latents(backbone, [generator], recipe.size, each=chosen.samples)
     latents, times = [], []
     with backbone.prepared({}, lora):
         for k in range(0, chosen.samples, _BATCH):
@@ -126,12 +126,16 @@ def _stopped(
 
 
 def for_merging(
-    backbone: Backbone, inputs: Sequence[Inputs], wanted: Collection[str], positions: int | None = None
+    backbone: Backbone,
+    inputs: Sequence[Inputs],
+    wanted: Collection[str],
+    positions: int | None = None,
+    parts: int = 1,
 ) -> calibration.Samples:
     """The samples as the calibration engine feeds them: text encoder, then U-Net, in micro-batches.
 
     Where all layers `wanted` see nothing but text, the U-Net does not run: its K and V get the states. `positions`: as
-    `Samples` has it.
+    `Samples` has it. `parts`: micro-batches so many times smaller than usual, where memory is short.
     """
     rows = tuple(len(i) for i in inputs)
     if text_only(wanted):
@@ -141,7 +145,7 @@ def for_merging(
             states = backbone.states(torch.cat([inputs[n].ids[part] for n, part in parts]))
             return dict.fromkeys(readers, states)
 
-        return calibration.Samples(rows, read, micro_batch(1), positions)
+        return calibration.Samples(rows, read, max(1, micro_batch(1) // parts), positions)
     pictured = [i.pictured() for i in inputs]
 
     def feed(parts: Sequence[calibration.Part]) -> None:
@@ -149,8 +153,8 @@ def for_merging(
         x, t = (torch.cat([pictured[n][which][part] for n, part in parts]) for which in (0, 1))
         backbone.unet(x, t, states)
 
-    _, height, width = backbone.latent_shape
-    return calibration.Samples(rows, feed, micro_batch(height * width), positions)
+    places = pictured[0][0].shape[-2:].numel()
+    return calibration.Samples(rows, feed, max(1, micro_batch(places) // parts), positions)
 
 
 def of_words(

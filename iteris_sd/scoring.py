@@ -67,11 +67,11 @@ class Score:
     """How well one picture fits its prompt and its concepts.
 
     `text` = 2.5 · max(`text_cosine`, 0). `images`: concept name -> mean cosine with its reference pictures.
-    `minimum`, `mean`: over the concepts, None when there are none.
+    `minimum`, `mean`: over the concepts, None when there are none. A picture that was not scored has None throughout.
     """
 
-    text: float
-    text_cosine: float
+    text: float | None
+    text_cosine: float | None
     images: Mapping[str, float]
     minimum: float | None
     mean: float | None
@@ -87,6 +87,26 @@ class Score:
             minimum=min(values, default=None),
             mean=sum(values) / len(values) if values else None,
         )
+
+
+UNSCORED = Score(None, None, {}, None, None)
+
+
+@dataclass(frozen=True)
+class NoScorer:
+    """Scores nothing; `name` says so, and why."""
+
+    name: str
+
+    def reference(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Nothing is kept of reference pictures: (0,)."""
+        return torch.empty(0)
+
+    def score(
+        self, pictures: Sequence[Image.Image], prompt: str, references: Mapping[str, Tensor]
+    ) -> list[Score]:
+        """No scores, one for each picture."""
+        return [UNSCORED] * len(pictures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,10 +272,14 @@ def summarise(pictures: Iterable[Scored]) -> list[Row]:
 def measures(score: Score) -> dict[str, float]:
     """The numbers of a score by the names that `Row.measure` has; what is None is left out."""
     images = {f"image:{name}": value for name, value in score.images.items()}
-    every = {"text": score.text, "text_cosine": score.text_cosine, **images}
-    if score.minimum is not None and score.mean is not None:
-        every |= {"minimum": score.minimum, "mean": score.mean}
-    return every
+    every = {
+        "text": score.text,
+        "text_cosine": score.text_cosine,
+        **images,
+        "minimum": score.minimum,
+        "mean": score.mean,
+    }
+    return {name: value for name, value in every.items() if value is not None}
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:

@@ -1,8 +1,10 @@
 """What several test files need: the toy base model in place of the shipped one."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look for a model on the network
+os.environ["ITERIS_SD_DATA"] = tempfile.mkdtemp(prefix="iteris-sd-tests-")  # nor at what a person keeps
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,7 @@ def toy(toy_assets: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The toy assets in place of the shipped ones, for whoever asks by name."""
     toybook.install(toy_assets, monkeypatch)
     yield toy_assets
-    backbones.load.cache_clear()
+    backbones.forget()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def dog(toy: Path) -> Generator:
 def test_layers_go_by_canonical_names(backbone: Backbone) -> None:
     assert backbone.layers[LAYER].weight.shape == (8, toybook.WIDTH)
     assert backbone.layers[TEXT_LAYER].weight.shape == (toybook.WIDTH, toybook.WIDTH)
-    assert backbone.latent_shape == (4, 8, 8)
+    assert backbone.latent_shape() == (4, 8, 8)
     assert backbone.tokenise(["a dog", ""]).shape == (2, backbone.tokenizer.model_max_length)
 
 
@@ -72,7 +72,7 @@ def test_a_refused_token_or_lora_leaves_no_trace(backbone: Backbone, dog) -> Non
     wrong = LoRA({LAYER: LowRank(torch.zeros(2, 5), torch.zeros(8, 2))})
     with pytest.raises(UserError), backbone.prepared(dog.tokens, wrong):
         pass
-    with pytest.raises(UserError, match=r"'<big>' has the shape \(1, 768\)"):
+    with pytest.raises(UserError, match=r"'<big>' has vectors of the shape \(1, 768\), .* them 16 wide"):
         backbone.prepared({"<big>": torch.zeros(1, 768)}).__enter__()
     with pytest.raises(UserError, match="knows the token 'dog</w>' already"):
         backbone.prepared({"dog</w>": torch.zeros(1, toybook.WIDTH)}).__enter__()
@@ -80,7 +80,7 @@ def test_a_refused_token_or_lora_leaves_no_trace(backbone: Backbone, dog) -> Non
 
 
 def test_hooks_do_what_added_weights_do(backbone: Backbone, dog) -> None:
-    latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, *backbone.latent_shape(), generator=torch.Generator().manual_seed(0))
 
     def predicted() -> torch.Tensor:
         with torch.no_grad():
@@ -138,3 +138,33 @@ def test_missing_weights_are_told_in_a_sentence(
         backbones.load("storybook")
     with pytest.raises(UserError, match="no base model 'sdxl'; choose one of storybook"):
         backbones.load("sdxl")
+
+
+def test_a_token_of_several_vectors_is_one_word(backbone: Backbone) -> None:
+    vectors = torch.randn(3, toybook.WIDTH, generator=torch.Generator().manual_seed(0))
+    before = toybook.trace(backbone)
+    with backbone.prepared({"<big>": vectors}):
+        assert backbone.spell("a <big> dog, a <big>_x") == "a <big> <big>_1 <big>_2 dog, a <big>_x"
+        ids = backbone.tokenise(["a <big> dog"])[0].tolist()
+        at = ids.index(backbone.tokenizer.convert_tokens_to_ids("<big>"))
+        table = backbone.text_encoder.get_input_embeddings().weight
+        assert torch.equal(table[ids[at : at + 3]], vectors)
+        assert torch.equal(backbone.encode(["a <big> dog"]), backbone.states(torch.tensor([ids])))
+    assert toybook.trace(backbone) == before and backbone.spell("a <big> dog") == "a <big> dog"
+
+
+def test_clip_skip_reads_an_earlier_layer(backbone: Backbone) -> None:
+    plain = backbone.encode(["a dog"])
+    encoder = getattr(backbone.text_encoder, "text_model", backbone.text_encoder)
+    kept: list[torch.Tensor] = []
+    handle = encoder.encoder.layers[0].register_forward_hook(
+        lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with backbone.prepared({}, clip_skip=2):
+        skipped = backbone.encode(["a dog"])
+        with backbone.prepared({}):
+            assert torch.equal(backbone.encode(["a dog"]), skipped)  # an inner block leaves it as it is
+    handle.remove()
+    assert not torch.allclose(skipped, plain)
+    assert torch.equal(skipped, encoder.final_layer_norm(kept[0]))
+    assert torch.equal(backbone.encode(["a dog"]), plain)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from iteris_sd import composer, export, formats
+from iteris_sd import bases, composer, export, formats
 from iteris_sd.cli import app
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS
@@ -168,10 +168,13 @@ LORA = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
         ),
         (asked("dog", "barn", *PROMPT, "--weights", "1,-1"), "greater than 0"),
         (asked("dog", "barn", *PROMPT, "--steps", "1000"), "less than or equal to 100, not 1000."),
-        (asked("dog", "barn", *PROMPT, "--sampler", "euler"), "'ddim', 'dpm++' or 'ddpm', not 'euler'."),
+        (
+            asked("dog", "barn", *PROMPT, "--sampler", "euler"),
+            "'ddim', 'dpm++', 'ddpm', 'euler a', 'unipc' or 'lcm', not 'euler'.",
+        ),
         (
             asked("dog", "barn", *PROMPT, "--base", "sdxl"),
-            "There is no base model 'sdxl'; choose one of storybook.",
+            f"There is no base model 'sdxl'; choose one of {', '.join([*bases.BASES, *bases.ALLOWED])}.",
         ),
         (
             asked("dog", "barn", *PROMPT, "--param", "iteris.alpha=high"),
@@ -194,7 +197,10 @@ LORA = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
             "pickle.safetensors cannot be used: it is a zip archive",
         ),
         (asked("dog", "none.safetensors", *PROMPT), "no concept and no file 'none.safetensors'"),
-        (asked("dog", "wide.safetensors", *PROMPT), f"The LoRA of wide does not fit {LORA}: it is 8 × 768"),
+        (
+            asked("dog", "wide.safetensors", *PROMPT),
+            f"The LoRA wide.safetensors does not fit {LORA}: it is 8 × 768",
+        ),
         (
             asked("dog", "foreign.safetensors", *PROMPT),
             "touches unet.no.such.layer, which this model does not have",

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from iteris_sd import bases, composer, concepts, limits
+from iteris_sd import adding, bases, composer, concepts, limits
+from iteris_sd.calibration import finish
 from iteris_sd.concepts import Concept, Library, Loaded, check_together
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA
@@ -38,6 +39,8 @@ def test_the_library_lists_without_loading(library: Library) -> None:
         "base": "storybook",
         "description": "",
         "licence": "",
+        "weight": 1.0,
+        "source": "",
         "references": 2,
     }
     assert [concept.name for concept in library.of_base("storybook")] == ["barn", "cat", "dog"]
@@ -63,30 +66,12 @@ def test_paths_are_only_opened_on_request(library: Library, toy: Path, tmp_path:
     file = str(tmp_path / "mine" / "lora.safetensors")
     with pytest.raises(UserError, match="There is no concept"):
         library.find(folder)
-    opened = library.opening(["cat", folder, file])
+    opened = finish(adding.opening(library, ["cat", folder, file]))
     assert opened.find(folder).title == "Our dog"
     assert opened.find(file).lora == Path(file)
     assert len(opened.concepts) == 5
     with pytest.raises(UserError, match="There is no concept and no file"):
-        library.opening([str(tmp_path / "none.safetensors")])
-
-
-@pytest.mark.parametrize("name", ["lora", "pytorch_lora_weights"])
-def test_a_bare_file_is_guessed_from_its_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / "red_barn-v2.safetensors").touch()
-    guessed = concepts.from_file(tmp_path / "red_barn-v2.safetensors")
-    assert (guessed.name, guessed.trigger, guessed.class_noun) == (
-        "red_barn-v2",
-        "red barn v2",
-        "red barn v2",
-    )
-    (tmp_path / "tent").mkdir()
-    (tmp_path / "tent" / f"{name}.safetensors").touch()
-    assert concepts.from_file(tmp_path / "tent" / f"{name}.safetensors").trigger == "tent"
-    told = concepts.from_file(tmp_path / "red_barn-v2.safetensors", trigger="<b> barn", class_noun="barn")
-    assert (told.trigger, told.class_noun) == ("<b> barn", "barn")
-    with pytest.raises(UserError, match="The trigger has 65 characters; at most 64"):
-        concepts.from_file(tmp_path / "red_barn-v2.safetensors", trigger="x" * (limits.MAX_NAME_CHARS + 1))
+        finish(adding.opening(library, [str(tmp_path / "none.safetensors")]))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +99,52 @@ def test_words_in_the_folder_must_be_words(toy: Path, tmp_path: Path) -> None:
         (folder / "concept.json").write_text(json.dumps({**told, "trigger": wrong}))
         with pytest.raises(UserError, match="trigger"):
             concepts.read_concept(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"weight": 0}, "The weight of a concept must be a number above 0 and at most 4, not 0"),
+        ({"weight": 4.01}, "at most 4, not 4.01"),
+        ({"weight": float("nan")}, "at most 4, not nan"),
+        ({"weight": "1"}, "at most 4, not '1'"),
+        ({"weight": True}, "at most 4, not True"),
+        ({"source": 7}, "The source of a concept must be a text, not 7"),
+        ({"description": "x" * 1001}, "The description has 1001 characters; at most 1000 are allowed"),
+        ({"base": ["sd15"]}, "The base model of a concept must be a word"),
+        ({"filler": "x" * limits.MAX_CONCEPT_BYTES}, "it has more than 262,144 bytes"),
+    ],
+)
+def test_what_the_folder_says_is_checked(
+    toy: Path, tmp_path: Path, words: dict[str, Any], message: str
+) -> None:
+    folder = copied(toy, tmp_path / "mine")
+    told = json.loads((folder / "concept.json").read_text())
+    (folder / "concept.json").write_text(json.dumps({**told, **words}))
+    with pytest.raises(UserError, match=message):
+        concepts.read_concept(folder)
+
+
+def test_what_the_folder_says_is_read(toy: Path, tmp_path: Path) -> None:
+    folder = copied(toy, tmp_path / "mine")
+    told = json.loads((folder / "concept.json").read_text())
+    more = {"title": " Our\n dog\x1b \ud800", "weight": 2, "source": "some/dog", "revision": "abc"}
+    (folder / "concept.json").write_text(json.dumps({**told, **more}))
+    for name in ("c.JPG", "d.jpeg", "e.webp", "f.txt"):
+        (folder / "references" / name).touch()
+    (folder / "lora").mkdir()
+    read = concepts.read_concept(folder)
+    assert (read.title, read.weight, read.source, read.revision) == ("Our dog", 2.0, "some/dog", "abc")
+    assert [path.name for path in read.references] == ["0.png", "1.png", "c.JPG", "d.jpeg", "e.webp"]
+    assert read.lora == folder / "lora.safetensors"
+    read.lora.unlink()
+    assert concepts.read_concept(folder).lora == folder / "lora"
+
+
+def test_of_two_libraries_the_first_one_s_names_win(library: Library) -> None:
+    dog = replace(library.find("dog"), title="Mine")
+    joined = Library({"rex": dog, "dog": dog}).joined(library)
+    assert list(joined.concepts) == ["rex", "dog", "barn", "cat"] and joined.find("dog").title == "Mine"
 
 
 def test_a_broken_picture_is_told(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,11 @@ def address(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said = tmp_path_factory.mktemp("app") / "said.txt"
-    surroundings = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
+    surroundings = os.environ | {
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "ITERIS_SD_DATA": str(said.parent / "data"),
+    }
     with said.open("wb") as output:
         app = subprocess.Popen(
             [sys.executable, "app.py"], cwd=ROOT, env=surroundings, stdout=output, stderr=subprocess.STDOUT
@@ -181,10 +185,10 @@ def test_stop_keeps_what_is_finished(page):
 def test_a_file_that_is_no_lora_is_refused_in_one_sentence(page, tmp_path):
     file = tmp_path / "mine.safetensors"
     file.write_bytes(b"not a model at all")
-    page.get_by_text("Add your own LoRA file").click()
-    page.locator("#own input[type=file]").set_input_files(file)
+    page.get_by_text("Your own concepts").click()
+    page.locator("#own input[type=file]").first.set_input_files(file)
     page.locator("#own").get_by_text("mine").first.wait_for()
-    page.get_by_role("button", name="Add concept").click()
+    page.get_by_role("button", name="Keep concept").click()
     page.locator("#own-told .problem").wait_for()
     assert "mine.safetensors" in page.locator("#own-told").inner_text()
     assert page.locator(".picker .card").count() == 8

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from iteris_sd import limits
+from iteris_sd import bases, limits
 from iteris_sd.errors import UserError
 from iteris_sd.merging import METHODS
 from iteris_sd.recipe import Recipe, fill
@@ -77,13 +77,17 @@ def test_places_are_filled_in_any_order() -> None:
             {"methods": [{"name": "linear", "parameters": {"beta": 1}}]},
             "Linear has no parameter 'beta'; its parameters: none.",
         ),
-        ({"base": "sdxl"}, "There is no base model 'sdxl'; choose one of storybook."),
+        (
+            {"base": "sdxl"},
+            f"There is no base model 'sdxl'; choose one of {', '.join([*bases.BASES, *bases.ALLOWED])}.",
+        ),
         ({"steps": 101}, "In the recipe, steps: input should be less than or equal to 100, not 101."),
         ({"guidance": float("nan")}, "In the recipe, guidance: input should be a finite number, not nan."),
         ({"seeds": [-1]}, "In the recipe, seeds 0: input should be greater than or equal to 0, not -1."),
         (
             {"sampler": "euler"},
-            "In the recipe, sampler: input should be 'ddim', 'dpm++' or 'ddpm', not 'euler'.",
+            "In the recipe, sampler: input should be 'ddim', 'dpm++', 'ddpm', 'euler a', 'unipc' or 'lcm', "
+            "not 'euler'.",
         ),
         ({"surprise": 1}, "In the recipe, surprise: extra inputs are not permitted, not 1."),
     ],

@@ -1,7 +1,5 @@
 """Drawing: the pictures that plain diffusers draws, each from its own seed alone."""
 
-from collections.abc import Generator
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,7 @@ PROMPT = "a dog on the beach"
 
 
 def drawn(backbone: Backbone, seed: int, settings: Settings, negative: str = "") -> Image.Image:
-    return finish(rendering.render(backbone, PROMPT, negative, seed, settings))
+    return finish(rendering.render(backbone, PROMPT, negative, [seed], settings))[0].image
 
 
 def drawn_plainly(backbone: Backbone, sampler: str, guidance: float, negative: str) -> Image.Image:
@@ -76,10 +74,66 @@ def test_a_seed_does_not_depend_on_what_was_drawn_before(backbone: Backbone, sam
 def test_it_can_be_stopped_after_every_step(backbone: Backbone) -> None:
     calls: list[int] = []
     handle = backbone.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    work: Generator[int, None, Image.Image] = rendering.render(backbone, PROMPT, "", 0, Settings(steps=4))
+    work = rendering.render(backbone, PROMPT, "", [0], Settings(steps=4))
     assert [next(work), next(work)] == [1, 2]
     work.close()
     handle.remove()
     assert len(calls) == 2
     with pytest.raises(StopIteration):
         next(work)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_batch_draws_the_same_pictures(backbone: Backbone, sampler: str) -> None:
+    settings = Settings(sampler, 3)
+    together = finish(rendering.render(backbone, PROMPT, "a barn", [5, 6, 7], settings))
+    for seed, one in zip([5, 6, 7], together, strict=True):
+        assert apart(one.image, drawn(backbone, seed, settings, "a barn")) <= 1
+
+
+def test_where_memory_runs_out_batches_get_smaller(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = backbone.unet.forward
+
+    def scarce(latents: torch.Tensor, *rest: object, **more: object) -> object:
+        sizes.append(len(latents) // 2)
+        if len(latents) > 2 * most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(latents, *rest, **more)
+
+    monkeypatch.setattr(backbone.unet, "forward", scarce)
+    most = 1
+    made = finish(rendering.render(backbone, PROMPT, "", [1, 2, 3], Settings(steps=1)))
+    assert sizes == [3, 1, 2, 1, 1] and len(made) == 3
+    most = 0
+    with pytest.raises(
+        UserError, match="Memory ran out while drawing one picture of 16 px. Ask for a smaller"
+    ):
+        finish(rendering.render(backbone, PROMPT, "", [1, 2], Settings(steps=1)))
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone.unet, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        finish(rendering.render(backbone, PROMPT, "", [1, 2], Settings(steps=1)))
+
+
+def test_pictures_have_the_size_that_was_asked_for(backbone: Backbone) -> None:
+    (made,) = finish(rendering.render(backbone, PROMPT, "", [1], Settings(steps=1, size=64)))
+    assert made.image.size == (64, 64)
+
+
+def test_a_picture_that_the_safety_checker_blanks_is_flagged(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checked(pixels: torch.Tensor, device: object, dtype: object) -> tuple[torch.Tensor, list[bool]]:
+        return torch.stack([pixels[0], torch.zeros_like(pixels[1])]), [False, True]
+
+    monkeypatch.setattr(backbone.pipeline, "run_safety_checker", checked)
+    fine, blanked = finish(rendering.render(backbone, PROMPT, "", [1, 2], Settings(steps=1)))
+    assert not fine.flagged and blanked.flagged
+    assert np.asarray(blanked.image).std() == 0 < np.asarray(fine.image).std()

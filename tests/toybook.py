@@ -142,7 +142,7 @@ def install(assets: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(bases.BASES, "storybook", base)
     patch.setattr(bases, "ASSETS", assets)
     patch.setattr(scoring, "load", lambda name: ToyScorer())
-    backbones.load.cache_clear()
+    backbones.forget()
 
 
 class ToyScorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import platform
 import resource
 import sys
 import time
@@ -45,6 +46,13 @@ def seconds(work: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
 def _settle(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def machine(device: str = "cpu") -> str:
+    """What the times were measured on, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def peak_bytes(prepare: Callable[[], Any], work: Callable[[Any], Any]) -> int:

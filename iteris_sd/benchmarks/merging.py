@@ -7,7 +7,6 @@ forward of every sample in the single and in the merged model, and the three Gra
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -110,7 +109,7 @@ def run(
     single, double = _floor(problem, ours, measuring.rate(size.device))
     return Result(
         size=size,
-        machine=_machine(size.device),
+        machine=measuring.machine(size.device),
         alpha=alpha,
         iterations=converged,
         layers=len(problem.modules),
@@ -197,12 +196,6 @@ def _authors_once(alpha: float, problem: Problem) -> None:
 
 def _ours_once(alpha: float, iterations: int | None, problem: Problem) -> None:
     _merged(problem, alpha, iterations=iterations)
-
-
-def _machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def described(result: Result) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def build(size: Size) -> Problem:
         )
         modules |= {f"unet.{n}": m for n, m in unet_layers}
     modules |= kv
-    loras = [_lora(modules, size.rank, seed=n) for n in range(size.concepts)]
+    loras = [random_lora(modules, size.rank, seed=n) for n in range(size.concepts)]
 
     def run(ids: Tensor, *pictured: Tensor) -> Mapping[str, Tensor]:
         states = text(ids).last_hidden_state
@@ -132,8 +132,8 @@ def _layers(model: nn.Module, endings: Sequence[str]) -> list[tuple[str, nn.Modu
     return [(name.removeprefix("text_model."), module) for name, module in found]
 
 
-def _lora(modules: Mapping[str, nn.Module], rank: int, seed: int) -> LoRA:
-    """A random LoRA that changes each layer's output by about a quarter of its size."""
+def random_lora(modules: Mapping[str, nn.Module], rank: int, seed: int) -> LoRA:
+    """A random LoRA on linear layers that changes each one's output by about a quarter of its size."""
     rng = torch.Generator().manual_seed(1000 + seed)
     layers = {}
     for name, module in modules.items():

@@ -15,7 +15,8 @@ from typing import Any
 from iteris_sd import limits
 from iteris_sd.errors import UserError
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FLOATS: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # type -> bytes of one number
+WHOLE: Mapping[str, int] = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 _PICKLE = (
     "a pickle can run any code when it is opened, so only .safetensors files are; if you trust it, convert it where "
@@ -46,11 +47,11 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path, max_bytes: int) -> Header:
+def read_header(path: Path, max_bytes: int, types: Mapping[str, int] = FLOATS) -> Header:
     """Read and check the header of the file at ``path``, of at most ``max_bytes``.
 
     Raises UserError, one sentence without the file's name, when the file is missing, no safetensors file,
-    damaged, too large, or holds anything but real floating-point tensors.
+    damaged, too large, or holds tensors of other ``types``.
     """
     try:
         size = path.stat().st_size
@@ -68,7 +69,7 @@ def read_header(path: Path, max_bytes: int) -> Header:
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"it cannot be read ({error.strerror or error}).") from error
-    return _parse(raw, size - 8 - length)
+    return _parse(raw, size - 8 - length, types)
 
 
 def _reject_impostors(start: bytes) -> None:
@@ -79,7 +80,7 @@ def _reject_impostors(start: bytes) -> None:
         raise UserError("it is empty or cut off; download it again.")
 
 
-def _parse(raw: bytes, data_bytes: int) -> Header:
+def _parse(raw: bytes, data_bytes: int, types: Mapping[str, int]) -> Header:
     try:
         table = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -91,10 +92,10 @@ def _parse(raw: bytes, data_bytes: int) -> Header:
         raise UserError("its metadata is not a table of strings; the file is damaged.")
     if not 1 <= len(table) <= limits.MAX_TENSORS:
         raise UserError(f"it holds {len(table):,} tensors; from 1 to {limits.MAX_TENSORS:,} are read.")
-    return Header({name: _entry(name, value, data_bytes) for name, value in table.items()}, metadata)
+    return Header({name: _entry(name, value, data_bytes, types) for name, value in table.items()}, metadata)
 
 
-def _entry(name: str, value: Any, data_bytes: int) -> Entry:
+def _entry(name: str, value: Any, data_bytes: int, types: Mapping[str, int]) -> Entry:
     """One tensor's description, checked against the bytes that are there."""
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
@@ -103,10 +104,10 @@ def _entry(name: str, value: Any, data_bytes: int) -> Entry:
         raise UserError(f"its header describes the tensor {name!r} badly; the file is damaged.") from error
     if not numbers_ok:
         raise UserError(f"its header describes the tensor {name!r} badly; the file is damaged.")
-    if dtype not in _BYTES:
-        raise UserError(f"its tensor {name!r} is of type {dtype}; {', '.join(_BYTES)} are understood.")
+    if dtype not in types:
+        raise UserError(f"its tensor {name!r} is of type {dtype}; {', '.join(types)} are understood.")
     if end > data_bytes:
         raise UserError(f"it is cut off inside the tensor {name!r}; download it again.")
-    if end - begin != prod(shape) * _BYTES[dtype]:
+    if end - begin != prod(shape) * types[dtype]:
         raise UserError(f"its header describes the tensor {name!r} badly; the file is damaged.")
     return Entry(dtype, shape)

@@ -11,12 +11,27 @@ import gradio as gr
 from iteris_sd.bases import Base
 from iteris_sd.errors import UserError
 from iteris_sd.ui import asking
+from iteris_sd.ui.jobs import Job
 from iteris_sd.ui.visits import Visits
 
 ONE_AT_A_TIME = {
     "concurrency_limit": 1,
     "concurrency_id": "compose",
 }  # the page's and the programs' jobs alike
+
+
+async def _finished(job: Job) -> tuple[list[gr.FileData], dict[str, Any]]:
+    """Its files and scores, when a job has ended."""
+    try:
+        while not job.ended:
+            await asyncio.sleep(0.1)
+    finally:
+        job.stop()  # a cancelled call ends its job
+    if job.state.phase == "failed":
+        raise gr.Error(job.state.message, print_exception=False)
+    paths = [drawn.path for drawn in job.state.pictures] + list((job.state.files or {}).values())
+    files = [gr.FileData(path=str(path), orig_name=path.name) for path in paths]
+    return files, dict(job.state.scores or {})
 
 
 def add(visits: Visits, base: Base) -> None:
@@ -31,9 +46,12 @@ def add(visits: Visits, base: Base) -> None:
         seeds: list[int] | int | str = "0,1,2,3",
         steps: int = base.steps,
         guidance: float = base.guidance,
-        sampler: str = "ddim",
+        sampler: str = base.sampler,
         negative: str = "",
         samples: int = 50,
+        base_model: str = base.name,
+        size: int | None = None,
+        clip_skip: int = 1,
         weights: list[float] | None = None,
         parameters: dict[str, dict[str, Any]] | None = None,
     ) -> tuple[list[gr.FileData], dict[str, Any], dict[str, Any]]:
@@ -47,9 +65,12 @@ def add(visits: Visits, base: Base) -> None:
             seeds: rows of the grid: a list of whole numbers, one number, or numbers with commas.
             steps: denoising steps.
             guidance: how strongly the prompt is followed; 1 means plainly.
-            sampler: ddim, dpm++ or ddpm.
+            sampler: ddim, dpm++, ddpm, euler a, unipc or lcm.
             negative: what the picture should not show.
             samples: calibration samples per concept.
+            base_model: storybook, sd15 or another that the page offers.
+            size: side of the pictures in pixels, a multiple of 64; the base model's own if left out.
+            clip_skip: 1 reads the text encoder's last layer, 2 the one before.
             weights: how strongly each concept is applied; 1 for each if left out.
             parameters: of methods, as {"iteris": {"alpha": 0.0001}}.
 
@@ -61,7 +82,7 @@ def add(visits: Visits, base: Base) -> None:
         """
         try:
             recipe = asking.recipe(
-                base=base.name,
+                base=base_model,
                 concepts=concepts,
                 prompt=prompt,
                 negative=negative,
@@ -70,6 +91,8 @@ def add(visits: Visits, base: Base) -> None:
                 steps=steps,
                 guidance=guidance,
                 sampler=sampler,
+                size=size,
+                clip_skip=clip_skip,
                 samples=samples,
                 weights=weights or (),
                 parameters=parameters,
@@ -77,15 +100,6 @@ def add(visits: Visits, base: Base) -> None:
             job = visits.of(request).begin(recipe)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        try:
-            while not job.ended:
-                await asyncio.sleep(0.1)
-        finally:
-            job.stop()  # a cancelled call ends its job
-        if job.state.phase == "failed":
-            raise gr.Error(job.state.message, print_exception=False)
-        paths = [drawn.path for drawn in job.state.pictures] + list((job.state.files or {}).values())
-        files = [gr.FileData(path=str(path), orig_name=path.name) for path in paths]
-        return files, dict(job.state.scores or {}), json.loads(recipe.json_text())
+        return (*await _finished(job), json.loads(recipe.json_text()))
 
     gr.api(compose, api_name="compose", **ONE_AT_A_TIME)

@@ -37,6 +37,8 @@ def recipe(
     guidance: float,
     sampler: str,
     samples: int,
+    size: int | None = None,
+    clip_skip: int = 1,
     weights: Sequence[float] = (),
     parameters: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Recipe:
@@ -64,6 +66,8 @@ def recipe(
             "steps": steps,
             "guidance": guidance,
             "sampler": sampler,
+            "size": size,
+            "clip_skip": clip_skip,
             "calibration": {"samples": samples},
         }
     )
@@ -89,6 +93,13 @@ def seeds(given: str | int | Sequence[Any]) -> list[Any]:
     if isinstance(given, list | tuple):
         return list(given)
     return [given]
+
+
+def size(given: str | int | None) -> Any:
+    """A picture's side from a text field; None where it is empty. Raises UserError for what is no number."""
+    if given is None or given == "":
+        return None
+    return numbers("The size", given, int)[0] if isinstance(given, str) and given.strip() else given or None
 
 
 def parameter(dial: Parameter, given: Any) -> Any:

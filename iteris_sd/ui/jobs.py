@@ -6,20 +6,22 @@ import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.recipe import Recipe
+from iteris_sd.ui import space
 
 if TYPE_CHECKING:
     from iteris_sd.composer import Event
     from iteris_sd.ui.takeaway import Bag, Drawn
 
 _ONE_AT_A_TIME = threading.Lock()  # the base model is one, and a job changes it while it works
-_LOADING = threading.Lock()  # so that it is loaded once
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,10 @@ class State:
 
 
 def load(base: str) -> None:
-    """Import what is heavy and load a base model, once; may take long. Raises UserError."""
-    with _LOADING:
-        from iteris_sd import backbone, composer, scoring  # noqa: F401 - imported to be there
+    """Import what is heavy and load a base model; may take long. Raises UserError."""
+    from iteris_sd import backbone, composer, scoring  # noqa: F401 - imported to be there
 
-        backbone.load(base)
+    backbone.load(base)
 
 
 class Job:
@@ -52,7 +53,9 @@ class Job:
         self.state = State()
         self._library = library
         self._stopping, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="compose", daemon=True)
+        # With the request's context, which a shared GPU is asked for with.
+        run = partial(copy_context().run, self._run)
+        self._thread = threading.Thread(target=run, name="compose", daemon=True)
 
     def start(self) -> Job:
         """Begin, as soon as the job before has ended."""
@@ -90,12 +93,10 @@ class Job:
             self.state = replace(self.state, phase="stopped")
             return
         self.state = replace(self.state, stage="Loading the models")
-        load(self.recipe.base)
-        from iteris_sd import composer
         from iteris_sd.ui.takeaway import Bag
 
         bag = Bag(self.recipe, self._library, self.folder)
-        with closing(composer.compose(self.recipe, self._library)) as events:
+        with closing(space.events(self.recipe, self._library)) as events:
             for event in events:
                 bag.take(event)
                 self._tell(event, bag)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import gradio as gr
+from PIL import Image
 
-from iteris_sd import bases, limits
+from iteris_sd import bases, limits, weights
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
-from iteris_sd.ui import api, compose, jobs, theme
+from iteris_sd.kept import Kept
+from iteris_sd.ui import api, compose, jobs, space, theme
 from iteris_sd.ui.visits import Visits
 
 TITLE = "IterIS for Stable Diffusion"
@@ -19,39 +22,48 @@ _warm = threading.Event()
 
 def build(visits: Visits) -> gr.Blocks:
     """The page, not yet launched."""
-    base = bases.BASES["storybook"]
+    base = bases.find(weights.usual(visits.library))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_CLEAN_EVERY, _KEEP)) as page:
         gr.HTML(
-            f"<h1>{TITLE}</h1><p>Put several LoRA concepts into one picture, and compare ways of merging them. "
-            f"Base model: {base.title}. {base.description}</p>",
+            f"<h1>{TITLE}</h1><p>Put several LoRA concepts into one picture, and compare ways of merging them.</p>",
             elem_id="header",
             apply_default_css=False,
         )
         compose.tab(visits, base)
         api.add(visits, base)
-        page.load(_warm_up, queue=False, api_name="warm_up", api_visibility="private", show_progress="hidden")
+        page.load(
+            partial(_warm_up, base.name),
+            queue=False,
+            api_name="warm_up",
+            api_visibility="private",
+            show_progress="hidden",
+        )
         page.unload(visits.leave)
     return page
 
 
-def _warm_up() -> None:
+def _warm_up(base: str) -> None:
     """Load the models while the first visitor looks at the page."""
     if not _warm.is_set():
         _warm.set()
-        threading.Thread(target=_load, name="warm-up", daemon=True).start()
+        threading.Thread(target=_load, args=(base,), name="warm-up", daemon=True).start()
 
 
-def _load() -> None:
+def _load(base: str) -> None:
     try:
-        jobs.load("storybook")
+        jobs.load(base)
     except UserError as error:
         print(error, flush=True)
 
 
 def launch(host: str | None = None, port: int | None = None, share: bool = False) -> None:
-    """Serve the page until interrupted; what is not given comes from Gradio's environment variables."""
-    visits = Visits(Library.shipped())
-    build(visits).queue(default_concurrency_limit=8).launch(
+    """Serve the page until interrupted; what is not given comes from Gradio's environment variables.
+
+    Concepts that are added stay for good where the page is one person's own; on a public page they go with the visit.
+    """
+    Image.MAX_IMAGE_PIXELS = limits.MAX_PICTURE_PIXELS
+    visits = Visits(Library.shipped(), None if share or space.public() else Kept.usual())
+    build(visits).queue(default_concurrency_limit=8, max_size=limits.MAX_WAITING).launch(
         server_name=host,
         server_port=port,
         share=share or None,

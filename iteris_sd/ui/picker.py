@@ -43,15 +43,25 @@ def choices(concepts: Iterable[Concept]) -> list[dict[str, Any]]:
             "trigger": concept.trigger,
             "noun": concept.class_noun,
             "description": concept.description,
-            "picture": _thumbnail(concept.references[0]) if concept.references else "",
+            "picture": _picture(concept),
         }
         for concept in concepts
     ]
 
 
+def _picture(concept: Concept) -> str:
+    """The first reference picture that can be opened, small; nothing where there is none."""
+    for path in concept.references:
+        try:
+            return _thumbnail(path, path.stat().st_mtime_ns)
+        except OSError:
+            continue
+    return ""
+
+
 @lru_cache(maxsize=256)
-def _thumbnail(path: Path) -> str:
-    """A small copy of a picture, as a data URI."""
+def _thumbnail(path: Path, changed: int) -> str:
+    """A small copy of a picture, as a data URI; made anew when the file was `changed` (nanoseconds)."""
     with Image.open(path) as picture:
         small = picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     content = io.BytesIO()

@@ -83,6 +83,8 @@ def _cell(drawn: Drawn | None, recipe: Recipe, method: str, seed: int) -> str:
     alt = escape(f"{title}, seed {seed}: {recipe.prompt}. Alignment: {told}.", quote=True)
     url = escape(f"gradio_api/file={quote(str(drawn.path))}", quote=True)
     scores = "".join(f"<span>{escape(name)} {_number(value)}</span>" for name, value in images)
+    if drawn.flagged:
+        scores += '<span class="flagged">blanked by the safety checker, not scored</span>'
     return (
         f'<td><figure><a href="{url}" target="_blank" rel="noopener"><img src="{url}" alt="{alt}"></a>'
         f"<figcaption><b>{escape(title)}, seed {seed}</b>"
@@ -103,6 +105,8 @@ def summary(recipe: Recipe, scores: Mapping[str, Any] | None) -> str:
         measures["minimum"] = "Weakest concept"
     rows = {(row["method"], row["measure"]): row for row in scores["summary"]}
     shown = [m.name for m in recipe.methods if (m.name, "text") in rows]
+    if not shown:
+        return f'<p class="note">Scored by {escape(scores["scorer"])}</p>'
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in measures.values())
     body = "".join(
         f'<tr><th scope="row">{escape(METHOD_CHOICES[name][0])}</th>'

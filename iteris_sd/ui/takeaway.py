@@ -26,8 +26,9 @@ class Drawn:
     method: str
     seed: int
     path: Path
-    text: float
+    text: float | None
     images: Mapping[str, float]
+    flagged: bool = False
 
 
 class Bag:
@@ -57,7 +58,8 @@ class Bag:
             path = self._folder / export.picture_name(event)
             path.write_bytes(export.picture_png(event, self._recipe))
             self._pictures.append(event)
-            made = Drawn(event.method, event.seed, path, event.score.text, dict(event.score.images))
+            score = event.score
+            made = Drawn(event.method, event.seed, path, score.text, dict(score.images), event.flagged)
             self.drawn = (*self.drawn, made)
 
     def pack(self) -> tuple[dict[str, Path], dict[str, Any] | None]:
@@ -95,7 +97,8 @@ class Bag:
         """What there is of a composition that was stopped."""
         from iteris_sd import composer, scoring
 
-        scorer = scoring.SCORERS[bases.find(self._recipe.base).scorer].title
+        chosen = self._recipe.scorer or bases.find(self._recipe.base).scorer
+        scorer = scoring.SCORERS[chosen].title if chosen in scoring.SCORERS else "nobody"
         concepts = tuple(composer.pick(self._recipe, self._library))
         return composer.Composition(self._recipe, concepts, self._merged, tuple(self._pictures), scorer)
 

@@ -1,31 +1,44 @@
-"""Who is at the page: each visit has its own concepts, its own folder of files and at most one job."""
+"""Who is at the page: each visit has its own folder of files, at most one job, and the concepts it may use."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from iteris_sd import concepts
-from iteris_sd.concepts import Library
-from iteris_sd.errors import UserError
+from iteris_sd.concepts import Concept, Library
+from iteris_sd.kept import Kept
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import jobs
+from iteris_sd.ui import jobs, space
 
 
 class Visit:
-    """One open page, or one client of the API."""
+    """One open page, or one client of the API. `kept`: the concepts it may add to and change."""
 
-    def __init__(self, folder: Path, library: Library) -> None:
-        self.library = library
+    def __init__(self, folder: Path, shipped: Library, kept: Kept) -> None:
         self.job: jobs.Job | None = None
-        self._folder = folder
+        self._folder, self._shipped, self._kept = folder, shipped, kept
+
+    @property
+    def library(self) -> Library:
+        """All concepts that can be picked: one's own, and those that come with the project."""
+        return self._kept.library().joined(self._shipped)
+
+    def mine(self) -> Mapping[str, Concept]:
+        """One's own concepts, by name."""
+        return self._kept.library().concepts
 
     def begin(self, recipe: Recipe) -> jobs.Job:
-        """Start a job in a fresh folder; the one before is stopped, and its files go when it has ended."""
+        """Start a job in a fresh folder; the one before is stopped, and its files go when it has ended.
+
+        Raises UserError when it is larger than a public page does.
+        """
+        space.check(recipe)
         before, self.job = self.job, None
         if before is not None:
             before.stop()
@@ -35,19 +48,39 @@ class Visit:
         self.job = jobs.Job(recipe, self.library, folder).start()
         return self.job
 
-    def add_file(self, file: Path, trigger: str, class_noun: str, base: str) -> concepts.Concept:
-        """Add a LoRA file to this visit's library. Raises UserError unless it is one that fits the base model."""
-        kept = Path(tempfile.mkdtemp(prefix="lora-", dir=self._folder)) / file.name
-        shutil.copyfile(file, kept)
-        try:
-            concept = concepts.from_file(kept, trigger=trigger, class_noun=class_noun, base=base)
-            library = self.library.with_concept(concept)
-            _check_fits(concept, base)
-        except UserError:
-            shutil.rmtree(kept.parent, ignore_errors=True)
-            raise
-        self.library = library
-        return concept
+    def add(
+        self,
+        file: Path,
+        words: Mapping[str, Any],
+        pictures: Sequence[Path] = (),
+        **more: Any,
+    ) -> Concept:
+        """Keep a concept from a LoRA file, or from a zip that a concept was exported to. Raises UserError.
+
+        `more`: as `Kept.add` has it.
+        """
+        from iteris_sd import adding
+
+        if file.suffix == ".zip":
+            return adding.unpack(self._kept, file)
+        return adding.keep(self._kept, file, references=pictures, **words, **more)
+
+    def change(self, name: str, words: Mapping[str, Any], pictures: Sequence[Path] = ()) -> Concept:
+        """Change what is said of one of one's own concepts, and its pictures where there are new ones."""
+        if pictures:
+            self._kept.set_references(name, pictures)
+        return self._kept.edit(name, **words)
+
+    def remove(self, name: str) -> None:
+        """Remove one of one's own concepts. Raises UserError when it cannot be."""
+        self._kept.remove(name)
+
+    def export(self, name: str) -> Path:
+        """One of one's own concepts as a zip, in this visit's folder."""
+        folder = Path(tempfile.mkdtemp(prefix="export-", dir=self._folder))
+        path = folder / f"{name}.zip"
+        self._kept.export_zip(name, path)
+        return path
 
     def end(self) -> None:
         """Stop the job and remove all files."""
@@ -61,24 +94,23 @@ class Visit:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _check_fits(concept: concepts.Concept, base: str) -> None:
-    lora = concept.load().lora  # read before the base model is loaded: a broken file is told of at once
-    jobs.load(base)
-    from iteris_sd import backbone
-    from iteris_sd.layers import check_fit
-
-    check_fit(lora, backbone.load(base).layers, f"The LoRA {concept.lora.name}")
-
-
 class Visits:
-    """All visits, by the session of the page. Their files lie under `root`, which goes with this object."""
+    """All visits, by the session of the page. Their files lie under `root`, which goes with this object.
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    `kept`: where concepts that people add stay; None, as for a public page: with each visit, and as long as it.
+    """
+
+    def __init__(self, shipped: Library, kept: Kept | None = None) -> None:
+        self._shipped, self._kept = shipped, kept
         self._temporary = tempfile.TemporaryDirectory(prefix="iteris-sd-")
         self.root = Path(self._temporary.name)
         self._open: dict[str, Visit] = {}
         self._lock = threading.Lock()
+
+    @property
+    def library(self) -> Library:
+        """What everyone can pick from."""
+        return self._shipped if self._kept is None else self._kept.library().joined(self._shipped)
 
     def of(self, request: gr.Request) -> Visit:
         """The visit that a request belongs to; a new one where there is none."""
@@ -86,7 +118,7 @@ class Visits:
         with self._lock:
             if session not in self._open:
                 folder = Path(tempfile.mkdtemp(prefix="visit-", dir=self.root))
-                self._open[session] = Visit(folder, self.library)
+                self._open[session] = Visit(folder, self._shipped, self._kept or Kept(folder / "concepts"))
             return self._open[session]
 
     def leave(self, request: gr.Request) -> None:

@@ -1,0 +1,114 @@
+"""Concepts that a person brings: from a file, a folder, or the Hugging Face Hub; which base they are for is told by
+their shapes, and nothing is kept that does not fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from iteris_sd import formats, guessing, hub, inspecting
+from iteris_sd.concepts import Concept, Library, read_concept
+from iteris_sd.errors import UserError
+from iteris_sd.kept import Kept
+from iteris_sd.layers import check_fit
+from iteris_sd.lora import LoRA
+
+_TITLES: Mapping[str, str] = {
+    inspecting.FAMILIES[768]: "sd15",
+    inspecting.FAMILIES[128]: "storybook",
+}
+
+
+def family(lora: LoRA, name: str) -> str:
+    """Which of the base models' families a LoRA is for, told by its shapes. Raises UserError when it is for none."""
+    from iteris_sd import backbone
+
+    told = _TITLES.get(inspecting.family(lora))
+    candidates = [told] if told else list(_TITLES.values())
+    problems = []
+    for candidate in candidates:
+        try:
+            check_fit(lora, backbone.skeleton(candidate), name)
+        except UserError as error:
+            problems.append(error)
+        else:
+            return candidate
+    raise problems[-1]
+
+
+def opened(source: Path, origin: str = "") -> Concept:
+    """A concept at a path: its own folder, a LoRA file or PEFT's folder, whose words are guessed.
+
+    `origin`: where a file came from, if not from there. Raises UserError when there is none, it cannot be read, or it
+    fits no base model.
+    """
+    if (source / "concept.json").is_file():
+        return read_concept(source)
+    if not source.exists():
+        raise UserError(f"There is no concept and no file {str(source)!r}; `concepts` lists the names.")
+    content = formats.read(source)
+    found = guessing.concept(source, content, origin)
+    return replace(found, base=family(content.lora, f"The LoRA {source.name}"))
+
+
+def opening(library: Library, names: Iterable[str]) -> Generator[tuple[int, int], None, Library]:
+    """The library and those of `names` that are paths or ids on the Hub; yields bytes done and bytes in all.
+
+    For a terminal, whose user may open any file; a page must not. Raises UserError when a name is unknown or leads
+    nowhere.
+    """
+    found = dict(library.concepts)
+    for name in names:
+        path = Path(name)
+        if name in found:
+            continue
+        id = None if path.exists() else hub.parse(name)
+        if id is not None:
+            fetched = yield from fetch(id)
+            concept = opened(fetched.file, str(id))
+            found[name] = replace(concept, embeddings=fetched.tokens, revision=fetched.revision)
+        elif path.suffix or len(path.parts) > 1 or path.exists():
+            found[name] = opened(path)
+        else:
+            library.find(name)
+    return Library(found)
+
+
+def keep(kept: Kept, source: Path, **words: Any) -> Concept:
+    """Keep a concept from a LoRA file, a PEFT folder or a concept's folder; `words` are those of `Kept.add`.
+
+    Raises UserError when it cannot be read, or fits no base model.
+    """
+    lora = read_concept(source).lora if (source / "concept.json").is_file() else source
+    base = family(formats.read(lora).lora, f"The LoRA {source.name}")
+    return kept.add(source, base=base, **words)
+
+
+def unpack(kept: Kept, path: Path) -> Concept:
+    """Keep the concept in a zip that one was exported to. Raises UserError as `keep` does."""
+    concept = kept.import_zip(path)
+    try:
+        family(concept.load().lora, f"The LoRA of {concept.name}")
+    except UserError:
+        kept.remove(concept.name)
+        raise
+    return concept
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A LoRA from the Hub: where its file and those of its learned tokens lie in the cache, and the commit."""
+
+    file: Path
+    tokens: tuple[Path, ...]
+    revision: str
+
+
+def fetch(id: hub.LoraId) -> Generator[tuple[int, int], None, Fetched]:
+    """Download a LoRA from the Hub; yield bytes done and bytes in all. Raises UserError when it cannot be had."""
+    listing, names = hub.lora_files(id)
+    folder = yield from hub.fetch(listing.repo, names, listing.revision)
+    first, *more = [folder / name for name in names]
+    return Fetched(first, tuple(path for path in more if path.suffix == ".safetensors"), listing.revision)

@@ -1,0 +1,139 @@
+"""Prompts as people write them: `(word:1.2)` weighs a word, and a long text is read in several pieces.
+
+The notation is that of A1111: `(word)` 1.1 times, `[word]` 1/1.1 times, `(word:1.2)` 1.2 times as strong; brackets
+nest; a backslash makes a bracket plain. A bracket without a partner is plain, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from iteris_sd import limits
+from iteris_sd.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTokenizer
+
+_STEP = 1.1  # what a bare pair of brackets weighs
+_PARTNER = {")": "(", "]": "["}
+_MARKS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|[\\:]")
+_END_OF_WORD = "</w>"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Words of a prompt and how strongly they count; 1 is plain."""
+
+    text: str
+    weight: float = 1.0
+
+
+def parse(prompt: str) -> list[Piece]:
+    """The pieces of a prompt, in order, neighbours of different weights. Raises UserError for a weight too large."""
+    pieces: list[Piece] = []
+    opened: list[
+        tuple[str, int]
+    ] = []  # each open bracket, and which piece stands for it until its partner comes
+    for mark in _MARKS.findall(prompt):
+        closing = mark[-1] if len(mark) == 1 or mark[0] == ":" else ""
+        if mark in ("(", "["):
+            opened.append((mark, len(pieces)))
+            pieces.append(Piece(mark))
+        elif closing in _PARTNER and opened and opened[-1][0] == _PARTNER[closing]:
+            bracket, start = opened.pop()
+            factor = float(mark[1:-1]) if mark[0] == ":" else _STEP if bracket == "(" else 1 / _STEP
+            inner = [Piece(piece.text, piece.weight * factor) for piece in pieces[start + 1 :]]
+            pieces[start:] = [Piece(""), *inner]
+        else:
+            pieces.append(Piece(mark[1:] if mark[0] == "\\" and len(mark) == 2 else mark))
+    return _checked(_joined(pieces))
+
+
+def plain(prompt: str) -> str:
+    """The words of a prompt without the marks of weight: what a scorer reads."""
+    return "".join(piece.text for piece in parse(prompt))
+
+
+def escaped(words: str) -> str:
+    """Words that are to be read as they stand, brackets and all."""
+    return re.sub(r"([()\[\]\\])", r"\\\1", words)
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbours of the same weight in one."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].weight == piece.weight:
+            joined[-1] = Piece(joined[-1].text + piece.text, piece.weight)
+        elif piece.text:
+            joined.append(piece)
+    return joined
+
+
+def _checked(pieces: list[Piece]) -> list[Piece]:
+    for piece in pieces:
+        if not 0 <= piece.weight <= limits.MAX_PROMPT_WEIGHT:
+            raise UserError(
+                f"In the prompt, {piece.text.strip()[:40]!r} has the weight {piece.weight:g}; weights go from 0 to "
+                f"{limits.MAX_PROMPT_WEIGHT:g}."
+            )
+    return pieces
+
+
+def tokenised(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids (n, chunks, positions) int64 of prompts, and their weights, the same shape.
+
+    A text that is longer than the encoder goes on in a further chunk, at a word's end; shorter ones are filled up with
+    chunks of nothing. Raises UserError for a weight too large.
+    """
+    import torch
+
+    room = tokenizer.model_max_length - 2  # a mark at each end
+    begin, end, filling = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    parts = [_chunks(_weighted_words(tokenizer, prompt), room) for prompt in prompts]
+    most = max(map(len, parts))
+    ids = torch.full((len(parts), most, room + 2), filling, dtype=torch.int64)
+    weights = torch.ones(ids.shape)
+    ids[:, :, 0], ids[:, :, 1] = begin, end
+    for n, chunks in enumerate(parts):
+        for c, chunk in enumerate(chunks):
+            for k, (token, weight) in enumerate(chunk, start=1):
+                ids[n, c, k], weights[n, c, k] = token, weight
+            ids[n, c, len(chunk) + 1] = end
+    return ids, weights
+
+
+def _weighted_words(tokenizer: CLIPTokenizer, prompt: str) -> list[list[tuple[int, float]]]:
+    """The words of a prompt, each as its tokens and their weight."""
+    words: list[list[tuple[int, float]]] = [[]]
+    for piece in parse(prompt):
+        ids = tokenizer(piece.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        for token, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+            words[-1].append((token, piece.weight))
+            if name.endswith(_END_OF_WORD) or name in tokenizer.get_added_vocab():
+                words.append([])
+    return [word for word in words if word]
+
+
+def _chunks(words: Sequence[Sequence[tuple[int, float]]], room: int) -> list[list[tuple[int, float]]]:
+    """Words in chunks of at most `room` tokens; only a word that is longer than that is cut."""
+    chunks: list[list[tuple[int, float]]] = [[]]
+    for word in words:
+        if len(chunks[-1]) + len(word) > room and chunks[-1]:
+            chunks.append([])
+        chunks[-1].extend(word)
+        while len(chunks[-1]) > room:
+            chunks[-1:] = [chunks[-1][:room], chunks[-1][room:]]
+    return chunks
+
+
+def weighed(states: Tensor, weights: Tensor) -> Tensor:
+    """Text states (n, tokens, width) times weights (n, tokens); each text's mean stays what it was, as in A1111."""
+    scaled = states * weights.unsqueeze(-1).to(states)
+    before, after = (x.float().mean(dim=(1, 2), keepdim=True) for x in (states, scaled))
+    same = (after.abs() < 1e-6) | (weights == 1).all(dim=1)[:, None, None].to(after.device)
+    return scaled * (before / after).masked_fill(same, 1.0).to(states.dtype)

@@ -1,0 +1,246 @@
+"""A person's own concepts on the page: added from a file or the Hub, changed, taken away as a zip, removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from iteris_sd import bases, hub, limits
+from iteris_sd.concepts import Concept, Library
+from iteris_sd.errors import UserError
+from iteris_sd.ui import form as forms
+from iteris_sd.ui import results
+from iteris_sd.ui.form import Form, Update
+from iteris_sd.ui.picker import choices
+from iteris_sd.ui.visits import Visit, Visits
+
+_NEW = ""  # in the list of one's own concepts: none of them, a new one
+_SILENT: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+PICTURES = [".png", ".jpg", ".jpeg", ".webp"]
+
+
+@dataclass(frozen=True)
+class Own:
+    """The widgets."""
+
+    which: gr.Dropdown
+    file: gr.File
+    id: gr.Textbox
+    title: gr.Textbox
+    trigger: gr.Textbox
+    noun: gr.Textbox
+    weight: gr.Slider
+    pictures: gr.File
+    keep: gr.Button
+    export: gr.DownloadButton
+    remove: gr.Button
+    told: gr.HTML
+
+    @property
+    def words(self) -> list[Any]:
+        """Those that say what a concept is."""
+        return [self.title, self.trigger, self.noun, self.weight, self.pictures]
+
+
+def layout(library: Library) -> Own:
+    """Lay the widgets out, folded away."""
+    with gr.Accordion("Your own concepts", open=False, elem_id="own"):
+        which = gr.Dropdown(_mine([]), value=_NEW, label="Add or change", elem_id="own-which")
+        with gr.Row():
+            file = gr.File(
+                label="A LoRA (.safetensors), or a concept that was exported (.zip)",
+                file_types=[".safetensors", ".zip"],
+                height=110,
+            )
+        id = gr.Textbox(
+            label="Or from the Hugging Face Hub",
+            info="owner/name, or owner/name:file.safetensors",
+            placeholder="owner/name",
+            max_length=300,
+        )
+        title = gr.Textbox(label="Title", max_length=limits.MAX_NAME_CHARS)
+        with gr.Row():
+            trigger = gr.Textbox(
+                label="Trigger", info="The words it was trained with.", min_width=130, placeholder="<rex> dog"
+            )
+            noun = gr.Textbox(
+                label="Class noun", info="What kind of thing it is.", min_width=130, placeholder="dog"
+            )
+        weight = gr.Slider(0.1, limits.MAX_WEIGHT, 1.0, step=0.1, label="Weight to begin with")
+        pictures = gr.File(
+            label=f"Up to {limits.MAX_REFERENCES} pictures of it, to score against",
+            file_types=PICTURES,
+            file_count="multiple",
+            height=110,
+        )
+        with gr.Row():
+            keep = gr.Button("Keep concept", min_width=120)
+            export = gr.DownloadButton("Export (zip)", visible=False, min_width=120)
+            remove = gr.Button("Remove", variant="stop", visible=False, min_width=120)
+        told = forms.markup("", elem_id="own-told")
+    return Own(which, file, id, title, trigger, noun, weight, pictures, keep, export, remove, told)
+
+
+def _mine(concepts: Sequence[Concept]) -> list[tuple[str, str]]:
+    return [("A new one", _NEW), *((concept.title, concept.name) for concept in concepts)]
+
+
+def wire(visits: Visits, form: Form, own: Own, show_picked: Callable[..., Any]) -> None:
+    """Make them work; `show_picked` shows what follows from what is picked."""
+    shelf = [own.which, form.words.picked, own.told]
+    both = [form.words.picked, form.words.prompt]
+    follows = [form.words.examples, form.words.read, *form.advanced.weights]
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
+
+    chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove]
+    own.which.change(_show(visits, own), own.which, chosen, api_name="show_own", **_SILENT)
+    own.file.upload(
+        _guess, own.file, [own.title, own.trigger, own.noun, own.told], api_name="guess_own", **private
+    )
+    asked = [own.which, own.file, own.id, *own.words, form.words.picked, form.base]
+    kept = own.keep.click(_keep(visits, form, own), asked, shelf, api_name="keep_own", **private)
+    gone = own.remove.click(
+        _remove(visits, form, own),
+        [own.which, form.words.picked, form.base],
+        shelf,
+        api_name="remove_own",
+        **private,
+    )
+    for event, name in ((kept, "show_kept"), (gone, "show_removed")):
+        event.then(show_picked, both, follows, api_name=name, **_SILENT)
+
+
+def _show(visits: Visits, own: Own) -> Callable[..., Update]:
+    """What is known of one of one's own concepts; nothing for a new one."""
+
+    def show_own(name: str, request: gr.Request) -> Update:
+        visit = visits.of(request)
+        concept = visit.mine().get(name)
+        if concept is None:
+            return {
+                own.title: "",
+                own.trigger: "",
+                own.noun: "",
+                own.weight: 1.0,
+                own.export: gr.DownloadButton(visible=False),
+                own.remove: gr.Button(visible=False),
+            }
+        return {
+            own.title: concept.title,
+            own.trigger: concept.trigger,
+            own.noun: concept.class_noun,
+            own.weight: concept.weight,
+            own.export: gr.DownloadButton(value=str(visit.export(name)), visible=True),
+            own.remove: gr.Button(visible=True),
+        }
+
+    return show_own
+
+
+def _guess(path: str | None) -> tuple[Any, Any, Any, str]:
+    """What a file says of itself, to be looked at and mended before it is kept."""
+    if not path or not path.endswith(".safetensors"):
+        return gr.skip(), gr.skip(), gr.skip(), ""
+    from iteris_sd import adding
+
+    try:
+        found = adding.opened(Path(path))
+    except UserError as error:
+        return gr.skip(), gr.skip(), gr.skip(), results.problem(str(error))
+    told = '<p role="status">These words are guessed from the file; mend what is wrong, then keep it.</p>'
+    return found.title, found.trigger, found.class_noun, told
+
+
+def _keep(visits: Visits, form: Form, own: Own) -> Callable[..., Iterator[Update]]:
+    def keep_own(
+        which: str,
+        path: str | None,
+        id: str,
+        title: str,
+        trigger: str,
+        noun: str,
+        weight: float,
+        pictures: list[str] | None,
+        picked: list[str],
+        base: str,
+        request: gr.Request,
+    ) -> Iterator[Update]:
+        visit = visits.of(request)
+        words = {"title": title, "trigger": trigger, "class_noun": noun, "weight": weight}
+        shown = [Path(picture) for picture in pictures or []]
+        try:
+            if which in visit.mine():
+                concept = visit.change(which, words, shown)
+            elif path:
+                concept = visit.add(Path(path), words, shown)
+            elif id.strip():
+                concept = yield from _from_hub(visit, id, words, shown, own)
+            else:
+                raise UserError(
+                    "Nothing is chosen; choose a .safetensors or .zip file, or write the id of one on the Hub."
+                )
+        except UserError as error:
+            yield {own.told: results.problem(str(error))}
+            return
+        yield _shelf(form, own, visit, base, [*picked, concept.name], _welcome(concept, base))
+
+    return keep_own
+
+
+def _from_hub(visit: Visit, id: str, words: dict[str, Any], shown: list[Path], own: Own) -> Any:
+    """Download a LoRA while the page shows how far it is, and keep it."""
+    from iteris_sd import adding
+
+    parsed = hub.parse(id)
+    if parsed is None:
+        raise UserError(
+            f"{id.strip()!r} is no id on the Hub; write owner/name, or owner/name:file.safetensors."
+        )
+    work = adding.fetch(parsed)
+    while True:
+        try:
+            done, total = next(work)
+        except StopIteration as stop:
+            got = stop.value
+            more = {"origin": str(parsed), "revision": got.revision, "tokens": got.tokens}
+            return visit.add(got.file, words, shown, **more)
+        yield {own.told: f'<p role="status">Downloading: {hub.readable(done)} of {hub.readable(total)}.</p>'}
+
+
+def _welcome(concept: Concept, base: str) -> str:
+    title = escape(concept.title)
+    if concept.base == bases.find(base).family:
+        return f'<p role="status">Kept: {title}.</p>'
+    suits = escape(bases.find(concept.base).title)
+    return f'<p role="status">Kept: {title}. It was made for {suits}: choose that as the base model to see it.</p>'
+
+
+def _remove(visits: Visits, form: Form, own: Own) -> Callable[..., Update]:
+    def remove_own(which: str, picked: list[str], base: str, request: gr.Request) -> Update:
+        visit = visits.of(request)
+        if which not in visit.mine():
+            return {own.told: results.problem("No concept of yours is chosen.")}
+        try:
+            visit.remove(which)
+        except UserError as error:
+            return {own.told: results.problem(str(error))}
+        told = f'<p role="status">Removed: {escape(which)}.</p>'
+        return _shelf(form, own, visit, base, [name for name in picked if name != which], told)
+
+    return remove_own
+
+
+def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[str], told: str) -> Update:
+    """The page after one's own concepts have changed."""
+    there = visit.library.of_base(bases.find(base).family)
+    names = list(dict.fromkeys(name for name in picked if name in {concept.name for concept in there}))
+    return {
+        own.which: gr.Dropdown(_mine(list(visit.mine().values())), value=_NEW),
+        form.words.picked: gr.HTML(value=names[: limits.MAX_CONCEPTS], choices=choices(there)),
+        own.told: told,
+    }

@@ -195,8 +195,14 @@ def fetch(name: str) -> Generator[tuple[int, int], None, None]:
     Raises UserError when there is no such model, or it cannot be had.
     """
     base = bases.find(name)
-    if not Path(base.source).is_absolute() and weights.located(base) is None:
+    if Path(base.source).is_absolute() or weights.located(base) is not None:
+        return
+    try:
         yield from weights.fetch(base)
+    except UserError as error:
+        raise UserError(
+            f"{base.title} is not on this machine. {error} The built-in model, Storybook, works without a network."
+        ) from error
 
 
 def load(name: str = "storybook") -> Backbone:

@@ -140,7 +140,7 @@ def random_lora(modules: Mapping[str, nn.Module], rank: int, seed: int) -> LoRA:
         weight = module.get_parameter("weight")
         out, width = weight.shape
         down, up = torch.randn(rank, width, generator=rng), torch.randn(out, rank, generator=rng)
-        scale = 0.25 * float(weight.norm()) / (out * rank * width) ** 0.5
+        scale = 0.25 * float(weight.detach().norm()) / (out * rank * width) ** 0.5
         layers[name] = LowRank(down, up * scale).to(weight.device)
     return LoRA(layers)
 

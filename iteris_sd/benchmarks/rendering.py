@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from iteris_sd import bases, formats, rendering, sd15
@@ -65,7 +66,10 @@ def on_this_machine() -> Job:
 
 def run(job: Job, build: Callable[[], StableDiffusionPipeline] = sd15.random_pipeline) -> Result:
     """Measure both ways on the pipeline that `build` makes."""
-    pipeline = build().to(job.device, torch.float16 if job.device == "cuda" else torch.float32)
+    transformers.utils.logging.disable_progress_bar()
+    pipeline = build().to(job.device)
+    if job.device == "cuda":
+        pipeline.to(torch.float16)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     backbone = Backbone(bases.BASES["sd15"], pipeline)

@@ -92,7 +92,7 @@ def _mine(concepts: Sequence[Concept]) -> list[tuple[str, str]]:
 
 def wire(visits: Visits, form: Form, own: Own, show_picked: Callable[..., Any]) -> None:
     """Make them work; `show_picked` shows what follows from what is picked."""
-    shelf = [own.which, form.words.picked, own.told]
+    shelf = [own.which, own.file, own.id, own.pictures, form.words.picked, own.told]
     both = [form.words.picked, form.words.prompt]
     follows = [form.words.examples, form.words.read, *form.advanced.weights]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
@@ -241,6 +241,9 @@ def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[str],
     names = list(dict.fromkeys(name for name in picked if name in {concept.name for concept in there}))
     return {
         own.which: gr.Dropdown(_mine(list(visit.mine().values())), value=_NEW),
+        own.file: None,
+        own.id: "",
+        own.pictures: None,
         form.words.picked: gr.HTML(value=names[: limits.MAX_CONCEPTS], choices=choices(there)),
         own.told: told,
     }

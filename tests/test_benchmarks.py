@@ -9,9 +9,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
-from iteris_sd.benchmarks import authors, measuring, merging, problems
+from iteris_sd import sd15
+from iteris_sd.benchmarks import authors, measuring, merging, problems, rendering
 from iteris_sd.benchmarks.problems import KV_WIDTHS, Size
 from iteris_sd.cli import app
+from iteris_sd.sd15 import UNET
 
 TINY = Size(samples=6, rank=2, layers=2, width=32, positions=9, kv_widths=(24, 40), latents=8)
 
@@ -68,3 +70,16 @@ def test_peak_memory_is_that_of_the_work_alone() -> None:
 def test_the_command_refuses_a_scope_that_there_is_not() -> None:
     result = CliRunner().invoke(app, ["bench", "merge", "--scope", "half"])
     assert result.exit_code == 2 and "There is no scope 'half'; choose text or everything." in result.output
+
+
+def test_pictures_per_second_are_counted(capsys: pytest.CaptureFixture) -> None:
+    narrow = {**UNET, "block_out_channels": (32, 32, 32, 32), "attention_head_dim": 4}
+    text = {**sd15.TEXT, "num_hidden_layers": 1, "intermediate_size": 32}
+    vae = {**sd15.VAE, "block_out_channels": (32, 32, 32, 32)}
+    job = rendering.Job(methods=2, seeds=2, steps=2, size=64, rank=2)
+    result = rendering.run(job, partial(sd15.random_pipeline, narrow, vae, text))
+    assert job.pictures == 4 and result.batch == 1
+    assert min(result.ours, result.plain, result.bound) > 0
+    told = rendering.described(result)
+    assert told["ratio"] == pytest.approx(result.ours / result.plain)
+    assert any("plain diffusers loop" in name for name, _ in rendering.lines(result))

@@ -1,11 +1,12 @@
 """The road as a stream: it can be stopped at every denoising step, and then leaves no trace."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from iteris_sd import calibration, composer, samples, scoring
+from iteris_sd import bases, calibration, composer, samples, scoring
 from iteris_sd.backbone import Backbone
 from iteris_sd.calibration import Merged
 from iteris_sd.composer import Composition, MergeDone, Picture, Progress
@@ -127,3 +128,104 @@ def test_what_is_missing_is_told_before_the_work(toy: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="no scorer"):
         stages.update(e.stage for e in composer.compose(RECIPE, Library.shipped()) if isinstance(e, Progress))
     assert not any("Sampling" in stage or "Merging" in stage for stage in stages)
+
+
+def asked(**changes: object) -> Recipe:
+    return Recipe.of(RECIPE.model_dump() | {"methods": [{"name": "linear"}], **changes})
+
+
+def test_weights_of_words_reach_the_models_and_not_the_scorer(toy: Path) -> None:
+    recipe = asked(prompt="a ({0}:1.3) next to a {1}, (smile)")
+    picked = composer.pick(recipe, Library.shipped())
+    assert (
+        composer.prompt_with_triggers(recipe, picked) == "a (<rex> dog:1.3) next to a <lucky> barn, (smile)"
+    )
+    assert composer.prompt_for_base(recipe, picked) == "a (dog:1.3) next to a barn, (smile)"
+    assert composer.prompt_in_plain_words(recipe, picked) == "a dog next to a barn, smile"
+
+
+def test_brackets_of_a_trigger_are_part_of_it(toy: Path) -> None:
+    dog = replace(Library.shipped().find("dog"), trigger="rex (dog)")
+    recipe = asked(concepts=[{"name": "dog"}], prompt="a {0} on the beach")
+    picked = composer.pick(recipe, Library({"dog": dog}))
+    assert composer.prompt_with_triggers(recipe, picked) == r"a rex \(dog\) on the beach"
+    assert composer.prompt_for_base(recipe, picked) == "a dog on the beach"
+    assert composer.prompt_in_plain_words(recipe, picked) == "a dog on the beach"
+
+
+def test_lcm_needs_a_lora_that_was_made_for_it(toy: Path) -> None:
+    recipe = asked(sampler="lcm", concepts=[{"name": "dog"}], prompt="a {0}")
+    with pytest.raises(UserError, match="needs an LCM-LoRA among the concepts, found none"):
+        composer.pick(recipe, Library.shipped())
+    distilled = replace(Library.shipped().find("dog"), source="latent-consistency/lcm-lora-sdv1-5")
+    assert composer.pick(recipe, Library({"dog": distilled}))[0].distils
+    assert not replace(composer.pick(asked(), Library.shipped())[0]).distils
+
+
+def test_a_blanked_picture_is_flagged_and_not_scored(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def checked(pixels: torch.Tensor, device: object, dtype: object) -> tuple[torch.Tensor, list[bool]]:
+        seen.append(1)
+        return pixels, [len(seen) == 1]
+
+    monkeypatch.setattr(backbone.pipeline, "run_safety_checker", checked)
+    made = calibration.finish(composer.compose(asked(seeds=[1, 2]), Library.shipped()))
+    blanked, fine = made.pictures
+    assert blanked.flagged and blanked.score == scoring.UNSCORED
+    assert not fine.flagged and fine.score.text is not None
+    assert {row.n for row in scoring.summarise(made.pictures)} == {1}
+
+
+def test_pictures_are_drawn_without_a_scorer(backbone: Backbone) -> None:
+    made = calibration.finish(composer.compose(asked(scorer="none"), Library.shipped()))
+    assert made.pictures[0].score == scoring.UNSCORED and made.scorer.startswith("nobody")
+    assert scoring.summarise(made.pictures) == []
+
+
+def test_a_scorer_that_cannot_be_downloaded_leaves_pictures_unscored(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = replace(bases.find("storybook"), scorer="vit-l-14")
+    monkeypatch.setitem(bases.BASES, "storybook", base)
+
+    def absent(name: str) -> None:
+        raise UserError(f"The scorer {name} could not be loaded: no network.")
+
+    monkeypatch.setattr(scoring, "load", absent)
+    made = calibration.finish(composer.compose(asked(), Library.shipped()))
+    assert made.scorer == "nobody: The scorer vit-l-14 could not be loaded: no network."
+    with pytest.raises(UserError, match="The scorer vit-l-14"):  # asked for by name, it must be there
+        calibration.finish(composer.compose(asked(scorer="vit-l-14"), Library.shipped()))
+
+
+def test_where_memory_runs_out_a_merge_goes_on_with_smaller_batches(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = merged(asked(methods=[{"name": "iteris"}]))["iteris"].lora
+    forward, sizes = backbone.unet.forward, []
+
+    def scarce(latents: torch.Tensor, *rest: object, **more: object) -> object:
+        sizes.append(len(latents))
+        if len(latents) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(latents, *rest, **more)
+
+    most = 20  # what a trajectory takes, ten under guidance
+    monkeypatch.setattr(samples, "micro_batch", lambda places: 32)
+    monkeypatch.setattr(backbone.unet, "forward", scarce)
+    less = merged(asked(methods=[{"name": "iteris"}]))["iteris"].lora
+    assert max(sizes) > most and sizes[-1] <= most
+    for name in whole:
+        wanted = whole[name].delta()
+        assert (less[name].delta() - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_clip_skip_changes_samples_and_pictures_alike(backbone: Backbone) -> None:
+    one, two = (merged(asked(methods=[{"name": "iteris"}], clip_skip=k))["iteris"].lora for k in (1, 2))
+    assert any(not torch.allclose(one[name].delta(), two[name].delta()) for name in one)
+    first = calibration.finish(composer.compose(asked(), Library.shipped())).pictures[0].image
+    second = calibration.finish(composer.compose(asked(clip_skip=2), Library.shipped())).pictures[0].image
+    assert first.tobytes() != second.tobytes()

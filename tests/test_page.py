@@ -222,3 +222,50 @@ def test_the_api_holds_the_bounds(address):
         client.predict(["dog"], "a {0}", seeds=list(range(17)), api_name="/compose")
     with pytest.raises(AppError, match="There is no concept 'unicorn'"):
         client.predict(["unicorn"], "a {0}", methods=["base"], seeds=[0], api_name="/compose")
+
+
+@pytest.mark.browser
+def test_a_concept_of_ones_own_is_guessed_kept_picked_changed_and_removed(page, tmp_path):
+    file = tmp_path / "my_dog.safetensors"
+    shutil.copyfile(bases.ASSETS / "concepts" / "dog" / "lora.safetensors", file)
+    page.get_by_text("Your own concepts").click()
+    page.locator("#own input[type=file]").first.set_input_files(file)
+    page.locator("#own-told").get_by_text("guessed from the file").wait_for()
+    assert page.get_by_label("Title").input_value() == "my dog"
+    page.get_by_label("Trigger").fill("sks dog")
+    page.get_by_label("Class noun").fill("dog")
+    page.get_by_role("button", name="Keep concept").click()
+    card = page.locator(".card[data-name=my-dog]")
+    card.wait_for()
+    assert card.get_attribute("aria-pressed") == "true" and "sks dog" in card.inner_text()
+
+    page.reload()  # it is there next time
+    page.locator(".card[data-name=my-dog]").wait_for()
+    page.get_by_text("Your own concepts").click()
+    page.get_by_label("Add or change").click()
+    page.get_by_role("option", name="my dog").click()
+    page.get_by_role("button", name="Remove").wait_for()
+    assert page.get_by_label("Trigger").input_value() == "sks dog"
+    with page.expect_download() as got:
+        page.get_by_role("button", name="Export (zip)").click()
+    assert "my-dog/lora.safetensors" in zipfile.ZipFile(got.value.path()).namelist()
+    page.get_by_label("Trigger").fill("rex dog")
+    page.get_by_role("button", name="Keep concept").click()
+    page.locator(".card[data-name=my-dog]").get_by_text("rex dog").wait_for()
+    page.get_by_label("Add or change").click()
+    page.get_by_role("option", name="my dog").click()
+    page.get_by_role("button", name="Remove").click()
+    page.locator("#own-told").get_by_text("Removed: my-dog.").wait_for()
+    assert page.locator(".picker .card").count() == 8
+
+
+@pytest.mark.browser
+def test_another_base_model_brings_its_own_concepts_and_settings(page):
+    page.get_by_label("Base model").first.click()
+    page.get_by_role("option", name="Stable Diffusion v1.5", exact=True).click()
+    page.locator("#base-told").get_by_text("Not on this machine yet").wait_for()
+    assert "2.7 GB" in page.locator("#base-told").inner_text()
+    assert page.locator(".picker .card").count() == 0
+    assert page.get_by_label("number input for Steps").input_value() == str(bases.find("sd15").steps)
+    page.get_by_label("Or take a ready-made set").click()
+    assert "(lacks dog, barn)" in " ".join(page.get_by_role("option").all_inner_texts())

@@ -53,6 +53,7 @@ def _kept(
 ) -> np.ndarray:
     """The work done on all pictures, from the file if it is there."""
     if not path.exists():
+        print(f"{len(pixels):,} pictures through the autoencoder, once, into {path}", flush=True)
         blocks = []
         for k in range(0, len(pixels), _BATCH):
             part = to_tensor(pixels[k : k + _BATCH]).to(vae.device, memory_format=torch.channels_last)

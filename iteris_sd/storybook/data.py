@@ -54,6 +54,8 @@ def drawn(directory: Path, count: int, first: int = 0, workers: int = 2) -> Scen
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
+        size = count * world.CANVAS**2 * 3 / 1e9
+        print(f"Drawing {count:,} scenes ({size:.2g} GB), once, into {path}", flush=True)
         pixels = np.lib.format.open_memmap(
             partial, mode="w+", dtype=np.uint8, shape=(count, world.CANVAS, world.CANVAS, 3)
         )

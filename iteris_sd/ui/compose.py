@@ -44,7 +44,7 @@ class Outcome:
         return [*shown, *self.downloads.values()]
 
 
-def tab(visits: Visits, base: Base) -> None:
+def tab(visits: Visits, base: Base, page: gr.Blocks) -> None:
     """Lay out the tab and wire it."""
     library = visits.library
     with gr.Row(elem_id="main"):
@@ -55,7 +55,7 @@ def tab(visits: Visits, base: Base) -> None:
             columns, drawing = forms.columns(), forms.drawing(base)
             advanced = forms.advanced(forms.first_picked(library, base))
             form = Form(which, told, words, columns, drawing, advanced)
-            mine = own.layout(library)
+            mine = own.layout()
         with gr.Column(scale=6, min_width=320, elem_id="results"):
             outcome = _outcome(go)
     _wire_base(visits, form)
@@ -64,6 +64,19 @@ def tab(visits: Visits, base: Base) -> None:
     _wire_settings(form)
     own.wire(visits, form, mine, _show_picked(visits, form))
     _wire_work(visits, form, outcome)
+
+    def show_library(request: gr.Request) -> Update:
+        visit = visits.of(request)
+        return {
+            words.picked: gr.HTML(choices=choices(visit.library.of_base(base.family))),
+            words.preset: gr.Dropdown(forms.preset_choices(visit.library, base)),
+            mine.which: own.shelf(visit),
+        }
+
+    # The layout is made once, and concepts come and go.
+    page.load(
+        show_library, outputs=[words.picked, words.preset, mine.which], api_name="show_library", **_SILENT
+    )
 
 
 def _outcome(go: gr.Button) -> Outcome:

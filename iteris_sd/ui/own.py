@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from iteris_sd import bases, hub, limits
-from iteris_sd.concepts import Concept, Library
+from iteris_sd.concepts import Concept
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import results
@@ -20,6 +20,7 @@ from iteris_sd.ui.picker import choices
 from iteris_sd.ui.visits import Visit, Visits
 
 _NEW = ""  # in the list of one's own concepts: none of them, a new one
+_FIRST = ("A new one", _NEW)
 _SILENT: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 PICTURES = [".png", ".jpg", ".jpeg", ".webp"]
 
@@ -47,10 +48,10 @@ class Own:
         return [self.title, self.trigger, self.noun, self.weight, self.pictures]
 
 
-def layout(library: Library) -> Own:
+def layout() -> Own:
     """Lay the widgets out, folded away."""
     with gr.Accordion("Your own concepts", open=False, elem_id="own"):
-        which = gr.Dropdown(_mine([]), value=_NEW, label="Add or change", elem_id="own-which")
+        which = gr.Dropdown([_FIRST], value=_NEW, label="Add or change", elem_id="own-which")
         with gr.Row():
             file = gr.File(
                 label="A LoRA (.safetensors), or a concept that was exported (.zip)",
@@ -86,13 +87,15 @@ def layout(library: Library) -> Own:
     return Own(which, file, id, title, trigger, noun, weight, pictures, keep, export, remove, told)
 
 
-def _mine(concepts: Sequence[Concept]) -> list[tuple[str, str]]:
-    return [("A new one", _NEW), *((concept.title, concept.name) for concept in concepts)]
+def shelf(visit: Visit) -> gr.Dropdown:
+    """The list of one's own concepts, a new one chosen."""
+    mine = [(concept.title, concept.name) for concept in visit.mine().values()]
+    return gr.Dropdown([_FIRST, *mine], value=_NEW)
 
 
 def wire(visits: Visits, form: Form, own: Own, show_picked: Callable[..., Any]) -> None:
     """Make them work; `show_picked` shows what follows from what is picked."""
-    shelf = [own.which, own.file, own.id, own.pictures, form.words.picked, own.told]
+    changed = [own.which, own.file, own.id, own.pictures, form.words.picked, own.told]
     both = [form.words.picked, form.words.prompt]
     follows = [form.words.examples, form.words.read, *form.advanced.weights]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
@@ -103,11 +106,11 @@ def wire(visits: Visits, form: Form, own: Own, show_picked: Callable[..., Any]) 
         _guess, own.file, [own.title, own.trigger, own.noun, own.told], api_name="guess_own", **private
     )
     asked = [own.which, own.file, own.id, *own.words, form.words.picked, form.base]
-    kept = own.keep.click(_keep(visits, form, own), asked, shelf, api_name="keep_own", **private)
+    kept = own.keep.click(_keep(visits, form, own), asked, changed, api_name="keep_own", **private)
     gone = own.remove.click(
         _remove(visits, form, own),
         [own.which, form.words.picked, form.base],
-        shelf,
+        changed,
         api_name="remove_own",
         **private,
     )
@@ -240,7 +243,7 @@ def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[str],
     there = visit.library.of_base(bases.find(base).family)
     names = list(dict.fromkeys(name for name in picked if name in {concept.name for concept in there}))
     return {
-        own.which: gr.Dropdown(_mine(list(visit.mine().values())), value=_NEW),
+        own.which: shelf(visit),
         own.file: None,
         own.id: "",
         own.pictures: None,

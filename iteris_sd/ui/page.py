@@ -29,7 +29,7 @@ def build(visits: Visits) -> gr.Blocks:
             elem_id="header",
             apply_default_css=False,
         )
-        compose.tab(visits, base)
+        compose.tab(visits, base, page)
         api.add(visits, base)
         page.load(
             partial(_warm_up, base.name),

@@ -37,6 +37,7 @@ MAX_SEED = 2**32 - 1  # what every random generator in use accepts
 MAX_METHODS = 8  # columns of the grid
 MAX_PICTURES = 64  # seeds times methods: minutes of work on two cores
 MAX_STEPS = 100  # the paper's own number; more shows no gain
+MAX_LCM_STEPS = 50  # an LCM-LoRA was distilled from so many
 MAX_GUIDANCE = 20.0  # beyond it pictures burn out
 MAX_WEIGHT = 4.0  # a LoRA applied more strongly than this breaks the base model
 MAX_PROMPT_CHARS = 1000  # 77 tokens are read; a thousand characters hold several times as many

@@ -162,6 +162,10 @@ class Recipe(_Value):
                 f"{len(self.seeds)} seeds by {len(self.methods)} methods make {pictures} pictures; "
                 f"at most {limits.MAX_PICTURES} are allowed."
             )
+        if self.sampler == "lcm" and self.steps > limits.MAX_LCM_STEPS:
+            raise UserError(
+                f"The sampler lcm takes at most {limits.MAX_LCM_STEPS} steps, not {self.steps}; 4 to 8 suit it."
+            )
         for place in places(self.prompt):
             if place >= len(self.concepts):
                 count = len(self.concepts)

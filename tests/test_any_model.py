@@ -156,6 +156,21 @@ def test_the_sweep_is_algorithm_1_run_to_convergence(name: str) -> None:
     assert max(distance(early[n], wanted[n]) for n in wanted) > 1e-3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpu_comes_to_the_same_merge(name: str) -> None:
+    toy = MODELS[name]()
+    loras, batches = problem(toy, (2, 3))
+    loras = [LoRA(lora, kernels(toy)) for lora in loras]
+    here = finish(merge(toy.modules, loras, toy.samples(batches), "iteris", {"alpha": 1e-3})).lora
+    toy.model.to("cuda")
+    there = [tuple(tensor.to("cuda") for tensor in batch) for batch in batches]
+    moved = [lora.to("cuda") for lora in loras]
+    found = finish(merge(toy.modules, moved, toy.samples(there), "iteris", {"alpha": 1e-3})).lora
+    wanted = {layer: adapter.delta() for layer, adapter in here.items()}
+    assert worst(found.to("cpu"), wanted) < 1e-5
+
+
 def kernels(toy: Toy) -> dict[str, tuple[int, int]]:
     return {
         n: (m.kernel_size[0], m.kernel_size[1]) for n, m in toy.modules.items() if isinstance(m, nn.Conv2d)

@@ -12,9 +12,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from iteris_sd import backbone as backbones
-from iteris_sd import bases, checkpoints, memory, sd15, weights
-from iteris_sd.concepts import Library
+from iteris_sd import bases, checkpoints, composer, formats, memory, sd15, weights
+from iteris_sd.benchmarks.problems import random_lora
+from iteris_sd.calibration import finish
+from iteris_sd.concepts import Concept, Library
 from iteris_sd.errors import UserError
+from iteris_sd.recipe import Recipe
 
 SMALL_UNET = {
     "sample_size": 8,
@@ -66,6 +69,40 @@ def test_precision_can_be_told(small: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("ITERIS_SD_DTYPE", "int4")
     with pytest.raises(UserError, match="ITERIS_SD_DTYPE is 'int4'; choose one of fp32, fp16, bf16"):
         backbones.load(name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_whole_road_in_either_precision(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("ITERIS_SD_DTYPE", precision)
+    base = checkpoints.opened(str(small)).name
+    backbone = backbones.load(base)
+    touched = {name: layer for name, layer in backbone.layers.items() if "attn" in name}
+    concepts = {}
+    for seed, name in enumerate(("dog", "barn")):
+        path = tmp_path / f"{name}.safetensors"
+        formats.write(path, random_lora(touched, 2, seed), {})
+        concepts[name] = Concept(name, name, f"sks{seed} {name}", name, path, base="sd15")
+    asked = Recipe.of(
+        {
+            "base": base,
+            "concepts": [{"name": "dog"}, {"name": "barn"}],
+            "prompt": "a ({0}:1.2) next to a {1}",
+            "methods": [{"name": "iteris"}, {"name": "linear"}],
+            "seeds": [0],
+            "sampler": "dpm++",
+            "steps": 2,
+            "size": 64,
+            "scorer": "none",
+            "calibration": {"samples": 4, "steps": 2, "unconditional": 1},
+        }
+    )
+    made = finish(composer.compose(asked, Library(concepts)))
+    assert [picture.image.size for picture in made.pictures] == [(64, 64)] * 2
+    reports = made.merged["iteris"].reports
+    assert all(r.method == "iteris" and r.residual is not None for r in reports)
+    assert all(bool(a.up.isfinite().all()) for a in made.merged["iteris"].lora.values())
 
 
 def test_a_damaged_folder_is_told_of(small: Path, tmp_path: Path) -> None:

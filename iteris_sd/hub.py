@@ -1,22 +1,20 @@
 """What comes from the Hugging Face Hub: what a repository holds, what of it is here already, and fetching the rest.
 
-Files go into the Hub's usual cache. Since version 1.18 huggingface_hub starts an interrupted file anew, so they are
-streamed here, over plain HTTP, into a partial file that the next try goes on with.
+Files go into the Hub's usual cache, by the Hub's own library.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from threading import Event
+from threading import Thread
+from typing import Any
 
 from iteris_sd import limits
 from iteris_sd.errors import UserError
@@ -59,14 +57,6 @@ class LoraId:
         return f"{self.repo}{file}{'@' + self.revision if self.revision else ''}"
 
 
-@dataclass(frozen=True)
-class _File:
-    """`etag` is what the cache calls the content: the SHA-256 of large files, git's own hash of others."""
-
-    size: int
-    etag: str
-
-
 def readable(size: int) -> str:
     """A number of bytes for people: 2.7 GB, 340 kB."""
     amount, units = float(size), ["TB", "GB", "MB", "kB", "bytes"]
@@ -79,8 +69,13 @@ def readable(size: int) -> str:
 
 def listing(repo: str, revision: str | None = None) -> Listing:
     """What a repository holds at a branch, tag or commit (None: now). Raises UserError when it cannot be seen."""
-    commit, files = _look(repo, revision)
-    return Listing(repo, commit, {name: file.size for name, file in files.items()})
+    from huggingface_hub import HfApi
+
+    with _telling(repo):
+        info = HfApi(token=_token()).model_info(
+            repo, revision=revision, files_metadata=True, timeout=_PATIENCE
+        )
+    return Listing(repo, info.sha or "", {one.rfilename: one.size or 0 for one in info.siblings or ()})
 
 
 def cached(repo: str, required: Sequence[str]) -> Path | None:
@@ -100,26 +95,26 @@ def cached(repo: str, required: Sequence[str]) -> Path | None:
 def fetch(repo: str, names: Sequence[str], revision: str) -> Generator[tuple[int, int], None, Path]:
     """Download the files `names` at `revision` into the cache; yield (bytes done, bytes in all), return the snapshot.
 
-    Yields at least four times a second. Closing it stops the download; what has arrived is gone on with next time.
-    Raises UserError when they cannot be had or do not fit on the disk.
+    Yields at least four times a second. Closing it stops the download; the files that have come are kept. Raises
+    UserError when they cannot be had or do not fit on the disk.
     """
-    commit, there = _look(repo, revision)
-    if unknown := [name for name in names if name not in there]:
+    there = listing(repo, revision)
+    if unknown := [name for name in names if name not in there.files]:
         raise UserError(f"{repo} has no file {unknown[0]} at {revision}.")
-    download = _Download(repo, commit, {name: there[name] for name in names})
+    download = _Download(there, names)
     download.check_room()
-    pool = ThreadPoolExecutor(1, "hub")
-    work = pool.submit(download.run)
+    download.start()
     try:
-        while not work.done():
-            yield download.done, download.total
-            wait([work], timeout=_TICK)
-        work.result()
-        yield download.total, download.total
+        shown = 0
+        while download.is_alive():
+            shown = max(shown, min(download.done, download.total))  # a broken line begins its file anew
+            yield shown, download.total
+            download.join(_TICK)
     finally:
-        download.stop.set()
-        pool.shutdown(wait=False)
-        wait([work], timeout=1)  # a silent server may hold it longer, but it writes nothing any more
+        download.stopped = True
+    if download.problem is not None:
+        raise download.problem
+    yield download.total, download.total
     return download.folder
 
 
@@ -127,122 +122,61 @@ class _Stopped(Exception):
     """Nobody waits for this download any more."""
 
 
-class _Download:
-    """Files on their way into the cache, in a thread of their own. `done`, `total`: bytes."""
+class _Download(Thread):
+    """Files on their way into the cache. `done`, `total`: bytes; `problem`: what went wrong."""
 
-    def __init__(self, repo: str, revision: str, files: Mapping[str, _File]) -> None:
-        self.repo, self.revision, self.files = repo, revision, files
-        self.home = _home(repo)
-        self.folder = self.home / "snapshots" / revision
-        self.done, self.total = 0, sum(file.size for file in files.values())
-        self.stop = Event()
+    def __init__(self, listing: Listing, names: Sequence[str]) -> None:
+        super().__init__(name="hub", daemon=True)
+        self.listing, self.names = listing, names
+        self.folder = _home(listing.repo) / "snapshots" / listing.revision
+        self.done, self.total = 0, sum(listing.files[name] for name in names)
+        self.stopped = False
+        self.problem: UserError | None = None
 
     def check_room(self) -> None:
         """Raise UserError when the disk has less room than what is yet to come takes."""
-        needed = self.total - sum(min(file.size, self._here(n, file)) for n, file in self.files.items())
-        place = next(p for p in self.home.parents if p.exists())
+        missing = [name for name in self.names if not (self.folder / name).is_file()]
+        needed = sum(self.listing.files[name] for name in missing)
+        place = next(p for p in self.folder.parents if p.exists())
         free = shutil.disk_usage(place).free
         if needed > free:
             raise UserError(
-                f"Fetching {self.repo} needs {readable(needed)} and the disk of {self.home.parent} has "
+                f"Fetching {self.listing.repo} needs {readable(needed)} and the disk of its cache, {place}, has "
                 f"{readable(free)} free; make room, or set HF_HUB_CACHE to a folder on a larger disk."
             )
 
     def run(self) -> None:
-        """Fetch all files. Raises UserError, or _Stopped."""
-        with _telling(self.repo):
-            before = 0
-            for name, file in self.files.items():
-                if not (self.folder / name).is_file():
-                    self._get(name, file, before)
-                before += file.size
-                self.done = before
-
-    def _get(self, name: str, file: _File, before: int) -> None:
+        """Fetch the files one after the other, until somebody says stop."""
         from huggingface_hub import hf_hub_download
 
-        blob, partial = self._blob(file), self._partial(file)
-        lock = self.home.parent / ".locks" / self.home.name / f"{file.etag}.lock"  # the library's own
-        for path in (blob, lock):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
-            self._wait_for(lock, held)
-            if not (blob.is_file() or (self.folder / name).is_file()):
-                self._stream(name, file, before)
-                _check(name, partial, file)
-                partial.replace(blob)
-        found = hf_hub_download(self.repo, name, revision=self.revision, token=_token())
-        link = Path(found)  # finds the blob and links it
-        if not link.is_symlink():  # this disk knows no links, and the file was copied
-            blob.unlink(missing_ok=True)
+        before, repo, revision = 0, self.listing.repo, self.listing.revision
+        try:
+            with _telling(repo):
+                for name in self.names:
+                    hf_hub_download(repo, name, revision=revision, token=_token(), tqdm_class=self._bar())
+                    before += self.listing.files[name]
+                    self.done = before
+        except UserError as error:
+            self.problem = error
+        except _Stopped:
+            pass
 
-    def _stream(self, name: str, file: _File, before: int) -> None:
-        """Bring what the partial file lacks. A broken line is taken up again as long as each try brings something."""
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    def _bar(self) -> Any:
+        """A progress bar as the library wants one, which shows nothing and counts."""
+        from tqdm import tqdm
 
-        partial = self._partial(file)
-        while True:
-            had = _size(partial)
-            try:
-                return self._append(name, file, before)
-            except HfHubHTTPError:
-                raise
-            except HTTPError:
-                if _size(partial) <= had:
-                    raise
-            if self.stop.wait(_TICK):
-                raise _Stopped
+        download = self
 
-    def _append(self, name: str, file: _File, before: int) -> None:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        class Counting(tqdm):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **{**options, "disable": True})
 
-        with self._partial(file).open("ab") as partial:
-            have = partial.tell()
-            if have >= file.size:
-                return
-            url = hf_hub_url(self.repo, name, revision=self.revision)
-            headers = {
-                **build_hf_headers(token=_token()),
-                "Accept-Encoding": "identity",
-                "Range": f"bytes={have}-",
-            }
-            with get_session().stream("GET", url, headers=headers, timeout=_PATIENCE) as response:
-                hf_raise_for_status(response)
-                if response.status_code != 206:  # ranges are not served here: this is the whole file
-                    partial.truncate(0)
-                    have = 0
-                for piece in response.iter_bytes():
-                    if self.stop.is_set():
-                        raise _Stopped
-                    partial.write(piece)
-                    have += len(piece)
-                    self.done = max(self.done, before + min(have, file.size))
+            def update(self, n: float | None = 1) -> None:
+                if download.stopped:
+                    raise _Stopped
+                download.done += int(n or 0)
 
-    def _wait_for(self, lock: Path, held: ExitStack) -> None:
-        """Wait until no other download, of this process or another, is bringing the same file."""
-        from filelock import Timeout
-        from huggingface_hub.utils import WeakFileLock
-
-        while not self.stop.is_set():
-            try:
-                held.enter_context(WeakFileLock(lock, timeout=_TICK))
-                return
-            except Timeout:
-                continue
-        raise _Stopped
-
-    def _here(self, name: str, file: _File) -> int:
-        """Bytes of a file that need not come any more."""
-        whole = (self.folder / name).is_file() or self._blob(file).is_file()
-        return file.size if whole else _size(self._partial(file))
-
-    def _blob(self, file: _File) -> Path:
-        return self.home / "blobs" / file.etag
-
-    def _partial(self, file: _File) -> Path:
-        # Not the library's own name: what old versions left there may have holes.
-        return self.home / "blobs" / f"{file.etag}.resumable.incomplete"
+        return Counting
 
 
 def parse(text: str) -> LoraId | None:
@@ -346,39 +280,9 @@ def _home(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / "--".join(("models", *repo.split("/")))
 
 
-def _look(repo: str, revision: str | None) -> tuple[str, dict[str, _File]]:
-    """The commit that a revision stands for, and its files."""
-    from huggingface_hub import HfApi
-
-    with _telling(repo):
-        info = HfApi(token=_token()).model_info(
-            repo, revision=revision, files_metadata=True, timeout=_PATIENCE
-        )
-    files = {
-        one.rfilename: _File(one.size or 0, one.lfs.sha256 if one.lfs else one.blob_id or "")
-        for one in info.siblings or ()
-    }
-    return info.sha or "", files
-
-
 def _token() -> bool | None:
     """Whose eyes to look with: this machine's user's, but on a public Space nobody's, for visitors name what to see."""
     return False if "SPACE_ID" in os.environ else None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _check(name: str, path: Path, file: _File) -> None:
-    """Raise UserError, and throw the file away, when it is not what the Hub promised."""
-    sound = _size(path) == file.size
-    if sound and len(file.etag) == 64:
-        with path.open("rb") as content:
-            sound = hashlib.file_digest(content, "sha256").hexdigest() == file.etag
-    if not sound:
-        path.unlink()
-        raise UserError(f"{name} arrived damaged and was thrown away; try again.")
 
 
 @contextmanager
@@ -421,12 +325,12 @@ def _sentence(error: BaseException, repo: str) -> str:
         case errors.HfHubHTTPError(response=response):
             return (
                 f"The Hugging Face Hub has trouble with {repo} (error {response.status_code}); try again in a "
-                "few minutes: what has arrived is kept."
+                "few minutes: files that have come are kept."
             )
         case errors.HTTPError():
             return (
                 f"The Hugging Face Hub cannot be reached, or the line broke ({type(error).__name__}); check the "
-                "network and try again: what has arrived is kept."
+                "network and try again: files that have come are kept."
             )
         case OSError():
             return f"{repo} cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror or error}); look there."

@@ -1,7 +1,7 @@
 """A Hub on this machine: serves repositories as the Hugging Face Hub does, and its faults to order.
 
 Large files (.safetensors, .bin) lie on another host, as the Hub's do: asked for at the Hub, they are redirected
-there. It offers them by Xet, too, and has none.
+there.
 """
 
 from __future__ import annotations
@@ -158,7 +158,6 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": self.fake.commit(repo), "ETag": f'"{tag}"'}
         if is_large(name):
             headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{tag}"'}
-            headers |= {"X-Xet-Hash": tag, "Link": f'<{self.fake.endpoint}/xet>; rel="xet-auth"'}
             self._send(302, headers=headers | {"Location": f"{self.fake.store}/{tag}"})
         else:
             self._send_part(data, headers)

@@ -169,21 +169,16 @@ def test_progress_grows_and_ends_at_the_total(fake: FakeHub) -> None:
     assert max(b - a for a, b in pairwise(times)) < 0.25
 
 
-def test_a_download_that_is_stopped_goes_on_where_it_was(fake: FakeHub) -> None:
+def test_a_download_can_be_stopped_and_begun_again(fake: FakeHub) -> None:
     fake.pause = 0.05  # the whole file would take four seconds
-    work = begun(4 * PIECE)
+    work = begun(0)
     since = time.perf_counter()
     work.close()
     assert time.perf_counter() - since < 0.5
     assert hub.cached("us/model", ["unet/model.safetensors"]) is None
-    (partial,) = Path(constants.HF_HUB_CACHE).rglob("*.incomplete")
-    had = partial.stat().st_size
-    time.sleep(0.2)
-    assert 4 * PIECE - 100 <= had == partial.stat().st_size < len(BIG)  # it has stopped indeed
     fake.pause = 0
     folder, steps = fetched()
     assert (folder / "unet/model.safetensors").read_bytes() == BIG
-    assert fake.served()[-1] == f"bytes={had}-"
 
 
 def test_a_silent_server_does_not_hold_up_who_stops(fake: FakeHub) -> None:
@@ -194,53 +189,11 @@ def test_a_silent_server_does_not_hold_up_who_stops(fake: FakeHub) -> None:
     assert time.perf_counter() - since < 1.5
 
 
-def test_a_line_that_breaks_now_and_then_is_taken_up_again(fake: FakeHub) -> None:
-    fake.cut = 30 * PIECE
-    folder, steps = fetched()
-    assert (folder / "unet/model.safetensors").read_bytes() == BIG
-    assert fake.served() == ["bytes=0-", f"bytes={30 * PIECE}-", f"bytes={60 * PIECE}-"]
-
-
-def test_a_hub_that_goes_away_is_told_and_can_be_gone_on_with(fake: FakeHub) -> None:
-    fake.pause, fake.cut = 0.01, 30 * PIECE
-    work = begun(4 * PIECE)
-    fake.down = 503
-    with pytest.raises(UserError, match="trouble.*try again in a few minutes: what has arrived is kept"):
-        drained(work)
-    fake.down, fake.pause = 0, 0
-    assert (fetched()[0] / "unet/model.safetensors").read_bytes() == BIG
-    assert fake.served()[-2:] == [f"bytes={30 * PIECE}-", f"bytes={60 * PIECE}-"]
-
-
-def test_a_network_that_goes_away_is_told(fake: FakeHub) -> None:
-    fake.pause, fake.cut = 0.01, 30 * PIECE
-    work = begun(4 * PIECE)
+def test_a_network_that_goes_away_is_told_and_can_be_tried_again(fake: FakeHub) -> None:
     fake.cut = 0
-    with pytest.raises(UserError, match="the line broke.*try again: what has arrived is kept"):
-        drained(work)
-    fake.cut = None
-    assert (fetched()[0] / "unet/model.safetensors").read_bytes() == BIG
-    assert fake.served()[-1] == f"bytes={30 * PIECE}-"
-
-
-def test_a_server_without_ranges_sends_the_whole_file_again(fake: FakeHub) -> None:
-    fake.pause = 0.02
-    begun(4 * PIECE).close()
-    fake.pause, fake.ranges = 0, False
-    folder, steps = fetched()
-    assert (folder / "unet/model.safetensors").read_bytes() == BIG
-    done = [one for one, _ in steps]
-    assert done == sorted(done)
-
-
-def test_a_damaged_partial_file_is_thrown_away(fake: FakeHub) -> None:
-    fake.pause = 0.02
-    begun(4 * PIECE).close()
-    (partial,) = Path(constants.HF_HUB_CACHE).rglob("*.incomplete")
-    partial.write_bytes(bytes(partial.stat().st_size))
-    fake.pause = 0
-    with pytest.raises(UserError, match="unet/model.safetensors arrived damaged.*try again"):
+    with pytest.raises(UserError, match="try again"):
         fetched()
+    fake.cut = None
     assert (fetched()[0] / "unet/model.safetensors").read_bytes() == BIG
 
 
@@ -256,7 +209,7 @@ def test_two_downloads_of_one_file_bring_it_once(fake: FakeHub) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [BIG, BIG] and fake.served() == ["bytes=0-"]
+    assert found == [BIG, BIG] and len(fake.served()) == 1
 
 
 def test_a_disk_without_links_holds_one_copy(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +245,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     fake: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 700_000))
-    with pytest.raises(UserError, match="needs 1.3 MB and the disk of .*cache has 700 kB free; make room"):
+    with pytest.raises(UserError, match="needs 1.3 MB and the disk of its cache, .*, has 700 kB free; make room"):
         fetched()
     assert not fake.served()
 

@@ -16,7 +16,7 @@ the same tensor (q, k and v; all cross-attention K/V of a U-Net) and look at it 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from threading import local
 from weakref import WeakValueDictionary
 
@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from iteris_sd import layers
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LowRank
-from iteris_sd.merging.moments import Moments
+from iteris_sd.merging.moments import Moments, Sums
 from iteris_sd.spilling import Frontier
 
 Part = tuple[int, slice]
@@ -97,14 +97,22 @@ class Site:
     """Moments of the inputs that one or more layers share, by concept; ``first`` is the layer met first."""
 
     first: str
-    moments: dict[int, Moments] = field(default_factory=dict)
+    exact: bool = True
+    sums: dict[int, Sums] = field(default_factory=dict)
     seen: set[MicroBatch] = field(default_factory=set)
 
-    def add(self, batch: MicroBatch, moments: Moments) -> None:
-        """Add the moments of a micro-batch."""
-        before = self.moments.get(batch.concept)
-        self.moments[batch.concept] = moments if before is None else before + moments
+    def add(self, batch: MicroBatch, X: Tensor, X_merged: Tensor | None, last: bool) -> None:
+        """Add the inputs of a micro-batch; ``last``: it is its concept's last one."""
+        sums = self.sums.setdefault(batch.concept, Sums(self.exact))
+        sums.add(X, X_merged)
+        if last:
+            sums.settle()
         self.seen.add(batch)
+
+    @cached_property
+    def moments(self) -> dict[int, Moments]:
+        """The moments of each concept, when all inputs have been added."""
+        return {n: sums.total() for n, sums in self.sums.items()}
 
     def of(self, concepts: Sequence[int]) -> tuple[Moments, ...]:
         """The moments of some concepts."""
@@ -207,13 +215,14 @@ class Capture:
         """Add the inputs of a layer to its site, unless another layer brought them already."""
         layer = self._modules[name]
         known = batch.site(x, layer)
-        site = self.sites.get(name) or known or Site(name)
+        site = self.sites.get(name) or known or Site(name, self._exact)
         self.sites[name] = site
         if known is None and site.first == name:
             looked_at = layers.rows(layer, x)
             X = self._chosen(looked_at[: batch.size], batch)
             X_merged = None if self._merged is None else self._chosen(looked_at[batch.size :], batch)
-            site.add(batch, Moments.of(X, X_merged, exact=self._exact))
+            last = self._samples is not None and batch.part.stop == self._samples.rows[batch.concept]
+            site.add(batch, X, X_merged, last)
             batch.saw(x, layer, site)
         elif known is not site:
             raise UserError(

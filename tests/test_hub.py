@@ -245,7 +245,9 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     fake: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 700_000))
-    with pytest.raises(UserError, match="needs 1.3 MB and the disk of its cache, .*, has 700 kB free; make room"):
+    with pytest.raises(
+        UserError, match="needs 1.3 MB and the disk of its cache, .*, has 700 kB free; make room"
+    ):
         fetched()
     assert not fake.served()
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iteris_sd import calibration
+from iteris_sd import capture
 from iteris_sd.calibration import LayerReport, Merged, Part, Samples, finish, measure, merge
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS, find, iteris, linear, regmean
+from iteris_sd.merging import moments as sums_of
 from iteris_sd.merging.moments import Moments
 from tests.reference import algorithm_1, closed_form, layer_inputs
 from tests.toys import Batch, Toy, attention_stack, distance, problem, random_adapter, text_encoder, worst
@@ -188,17 +189,26 @@ def test_a_small_ridge_gets_exact_moments() -> None:
 
 @pytest.mark.parametrize("small", [1e-7, 1e-3])
 def test_the_engine_takes_products_as_exact_as_the_ridge_asks(small: float, monkeypatch) -> None:
-    asked, of = set(), Moments.of
-
-    def watched(*inputs, exact):
-        asked.add(exact)
-        return of(*inputs, exact=exact)
-
+    asked: list[bool] = []
     toy = TOYS["attention stack"]
     loras, batches = problem(toy, (2, 3))
-    monkeypatch.setattr(Moments, "of", staticmethod(watched))
+    monkeypatch.setattr(capture, "Sums", _counting(asked))
     run(toy, loras, batches, alpha=small)
-    assert asked == {small < 1e-5}
+    assert set(asked) == {small < 1e-5}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_moments_add_up_over_batches(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums_of, "ROWS", 70)  # some sums go into float64 on the way
+    x, y = torch.randn(2, 200, 210, generator=torch.Generator().manual_seed(0))
+    sums = sums_of.Sums(exact)
+    for k in range(0, 200, 30):
+        sums.add(x[k : k + 30], y[k : k + 30])
+    found, wanted = sums.total(), Moments.of(x, y)
+    assert (found.count, found.own.dtype) == (200, torch.float64)
+    assert found.apart == pytest.approx(wanted.apart)
+    for part in ("own", "cross", "merged"):
+        assert distance(getattr(found, part), getattr(wanted, part)) < (1e-14 if exact else 1e-6)
 
 
 @pytest.mark.parametrize("width", [191, 192, 193, 500])
@@ -347,17 +357,19 @@ def test_a_vanished_layer_is_reported_and_the_rest_is_merged(toy: Toy) -> None:
 def test_layers_fed_by_the_same_tensor_share_their_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = TOYS["attention stack"]
     loras, batches = problem(toy, (2, 3))
-    made: list[int] = []
-    monkeypatch.setattr(calibration.Moments, "of", staticmethod(_counting(made, Moments.of)))
+    made: list[bool] = []
+    monkeypatch.setattr(capture, "Sums", _counting(made))
     run(toy, loras, batches)
     # Per block: q, k, v of attn1; its out; q of attn2; its out. And the text, once for both blocks.
     assert len(made) == 2 * (2 * 4 + 1)
 
 
-def _counting(made: list[int], of):
-    def counted(*inputs, **options):
-        made.append(1)
-        return of(*inputs, **options)
+def _counting(made: list[bool]):
+    """Sums that are noted when they are begun, and how exact they are."""
+
+    def counted(exact: bool) -> sums_of.Sums:
+        made.append(exact)
+        return sums_of.Sums(exact)
 
     return counted
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 192  # columns at a time; wide enough for products at full speed
+ROWS = 4096  # added up in float32 before they go into float64; rounding grows with their number
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +38,9 @@ class Moments:
 
         ``exact``: products in float64; else in the inputs' own dtype, float32 at least.
         """
-        X = _rows(X, exact)
-        own = _wide(_gram(X))
-        if X_merged is None:
-            return Moments(own, own, own, len(X))
-        X_merged = _rows(X_merged, exact)
-        apart = float(_wide((X_merged - X).square().sum(dim=0)).sum())
-        return Moments(own, _wide(X_merged.T @ X), _wide(_gram(X_merged)), len(X), apart)
+        sums = Sums(exact)
+        sums.add(X, X_merged)
+        return sums.total()
 
     def __add__(self, other: "Moments") -> "Moments":
         own = self.own + other.own
@@ -64,17 +61,68 @@ class Moments:
         return Moments(self.own, cross, merged, self.count, rest**2 * self.apart)
 
 
-def _gram(X: Tensor) -> Tensor:
-    """XᵀX, of which a large one's lower half is not computed but mirrored."""
-    width = X.shape[1]
-    if width <= BLOCK:
-        return X.T @ X
-    G = X.new_empty(width, width)
-    for k in range(0, width, BLOCK):
+class Sums:
+    """Moments on their way: inputs are added batch by batch, in place. ``exact``: as `Moments.of` has it.
+
+    Products that are not exact are added up in their own dtype over a few thousand rows, and those sums in float64.
+    """
+
+    def __init__(self, exact: bool = True) -> None:
+        self._exact = exact
+        self._sums: list[Tensor] = []  # XᵀX, X̃ᵀX and X̃ᵀX̃ in float64; of the symmetric ones the upper blocks
+        self._rough: list[Tensor] = []  # what is not in them yet
+        self._waiting = self._count = 0
+        self._apart = 0.0
+
+    def add(self, X: Tensor, X_merged: Tensor | None = None) -> None:
+        """Add the inputs X and X̃, each (…, in) and paired row by row; X̃ = X unless given, and then always so."""
+        X = _rows(X, self._exact)
+        if not self._rough:
+            shape = (X.shape[1], X.shape[1])
+            self._rough = [X.new_zeros(shape) for _ in range(1 if X_merged is None else 3)]
+        _add_gram(self._rough[0], X)
+        if X_merged is not None:
+            X_merged = _rows(X_merged, self._exact)
+            self._rough[1].addmm_(X_merged.T, X)
+            _add_gram(self._rough[2], X_merged)
+            self._apart += float(_wide((X_merged - X).square().sum(dim=0)).sum())
+        self._count += len(X)
+        self._waiting += len(X)
+        if self._waiting >= ROWS and not self._exact:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add what waits to the sums in float64, and give its memory back."""
+        if not self._rough:
+            return
+        if self._sums:
+            for total, rough in zip(self._sums, self._rough, strict=True):
+                total += rough.to(total.device)
+        else:
+            self._sums = [_wide(rough) for rough in self._rough]
+        self._rough, self._waiting = [], 0
+
+    def total(self) -> Moments:
+        """The moments of all that was added; nothing may be added after it."""
+        self.settle()
+        for symmetric in self._sums[::2]:
+            _mirror(symmetric)
+        own, cross, merged = self._sums if len(self._sums) == 3 else self._sums * 3
+        return Moments(own, cross, merged, self._count, self._apart)
+
+
+def _add_gram(G: Tensor, X: Tensor) -> None:
+    """G += XᵀX, but for the blocks below the diagonal."""
+    for k in range(0, X.shape[1], BLOCK):
         end = k + BLOCK
-        G[k:end, k:] = X[:, k:end].T @ X[:, k:]
+        G[k:end, k:].addmm_(X[:, k:end].T, X[:, k:])
+
+
+def _mirror(G: Tensor) -> None:
+    """Fill the blocks below the diagonal."""
+    for k in range(0, G.shape[1], BLOCK):
+        end = k + BLOCK
         G[end:, k:end] = G[k:end, end:].T
-    return G
 
 
 def _rows(x: Tensor, exact: bool) -> Tensor:

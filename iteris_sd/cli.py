@@ -248,6 +248,8 @@ def compose(
         if told is None and base is None:
             suiting = _suiting(asked, library)
             asked = _recipe(None, names, columns, suiting, weights, samples, parameters, drawing)
+        if told is None and weights is None:
+            asked = _weighed(asked, library)
         from iteris_sd import composer
 
         made = _watched(composer.compose(asked, library))
@@ -303,7 +305,7 @@ def merge(
         suiting = base or _suiting(asked, library)
         asked = _recipe(None, names, [method], suiting, weights, samples, parameters, words)
         seen = {"unconditional": unconditional, "tokens_per_sample": tokens_per_sample}
-        asked = _seeing(asked, seen)
+        asked = _seeing(asked if weights else _weighed(asked, library), seen)
         from iteris_sd import composer
 
         picked, merged = _watched(composer.merge_all(asked, library, measured=diagnostics is not None))
@@ -491,6 +493,12 @@ def _recipe(
     for dial in parameters or []:
         data["methods"] = _turned(data["methods"], dial)
     return Recipe.of(data)
+
+
+def _weighed(recipe: Recipe, library: Library) -> Recipe:
+    """The recipe with every concept as strong as it is unless told."""
+    uses = [{"name": use.name, "weight": library.find(use.name).weight} for use in recipe.concepts]
+    return Recipe.of({**recipe.model_dump(), "concepts": uses})
 
 
 def _seeing(recipe: Recipe, seen: Mapping[str, int | None]) -> Recipe:

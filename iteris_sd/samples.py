@@ -23,7 +23,6 @@ from iteris_sd.recipe import Calibration, Recipe
 
 ALONE = ("a {}", "a photo of a {}", "a picture of a {}", "an illustration of a {}")
 BESIDE = ("a {} next to a {}", "a {} and a {}", "a {} in front of a {}", "a {} to the left of a {}")
-TEXT_BATCH = 16  # samples at once through the text encoder alone: its activations stay in a processor's cache
 _BATCH = 10  # prompts per forward of a trajectory; fixed, since it decides the order of summation
 
 
@@ -146,7 +145,7 @@ def for_merging(
             states = backbone.states(torch.cat([inputs[n].ids[part] for n, part in parts]))
             return dict.fromkeys(readers, states)
 
-        return calibration.Samples(rows, read, max(1, TEXT_BATCH // parts), positions)
+        return calibration.Samples(rows, read, max(1, micro_batch(1) // parts), positions)
     pictured = [i.pictured() for i in inputs]
 
     def feed(parts: Sequence[calibration.Part]) -> None:
@@ -179,7 +178,7 @@ def of_words(
         states = backbone.states(torch.cat([ids[n][part] for n, part in parts]))
         return dict.fromkeys(readers, states)
 
-    return calibration.Samples(tuple(map(len, ids)), read, TEXT_BATCH, kept=kept)
+    return calibration.Samples(tuple(map(len, ids)), read, micro_batch(1), kept=kept)
 
 
 def _generic(base: Base) -> Iterator[str]:

@@ -142,3 +142,27 @@ def test_a_broken_folder_is_told_of_and_the_rest_listed(toy: Path, kept: Kept) -
     (kept.folder / "bad").mkdir()
     done = CliRunner().invoke(app, ["concepts"])
     assert done.exit_code == 0 and "bad is left out" in done.output and "good" in done.output
+
+
+def test_a_concept_is_as_strong_as_it_was_kept_unless_told(toy: Path, kept: Kept, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy / "concepts" / "cat", tmp_path / "cat")
+    terminal("concepts", "add", str(folder), "--title", "My cat", "--weight", "0.5")
+    few = [
+        "--steps",
+        "1",
+        "--seeds",
+        "0",
+        "--methods",
+        "linear",
+        "--samples",
+        "2",
+        "--prompt",
+        "a {0} by a {1}",
+    ]
+    out = tmp_path / "out"
+    terminal("compose", "my-cat", "dog", *few, "--output", str(out))
+    told = json.loads((out / "recipe.json").read_text())
+    assert told["concepts"] == [{"name": "my-cat", "weight": 0.5}, {"name": "dog", "weight": 1.0}]
+    terminal("compose", "my-cat", "dog", *few, "--weights", "1,2", "--output", str(out))
+    told = json.loads((out / "recipe.json").read_text())
+    assert [one["weight"] for one in told["concepts"]] == [1.0, 2.0]

@@ -16,7 +16,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.lora import LowRank
 from iteris_sd.merging import METHODS, Parameter, sparsifying
 from iteris_sd.merging.decomposing import decompose
-from iteris_sd.merging.moments import Moments
+from iteris_sd.merging.moments import Moments, Sums
 from iteris_sd.merging.solving import Solution
 from tests import dense
 from tests.toys import attention_stack, distance, problem, random_adapter
@@ -317,8 +317,11 @@ def rotated(given: Case) -> Outcome:
 
 
 def in_batches(given: Case) -> Outcome:
-    halves = [Moments.of(x[:2]) + Moments.of(x[2:]) for x in given.X]
-    return given.solve(halves).adapter.delta(), given.solve().adapter.delta()
+    sums = [Sums() for _ in given.X]
+    for one, x in zip(sums, given.X, strict=True):
+        one.add(x[:2])
+        one.add(x[2:])
+    return given.solve([one.total() for one in sums]).adapter.delta(), given.solve().adapter.delta()
 
 
 CHANGES: dict[str, Callable[[Case], Outcome]] = {

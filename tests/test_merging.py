@@ -164,16 +164,6 @@ def test_on_whitened_inputs_both_are_the_linear_average() -> None:
         assert distance(found.adapter.delta(), wanted) < 1e-12
 
 
-def test_moments_add_up_over_batches() -> None:
-    x, y = torch.randn(2, 10, 4, dtype=torch.float64)
-    whole, halves = Moments.of(x, y), Moments.of(x[:3], y[:3]) + Moments.of(x[3:], y[3:])
-    for part in ("own", "cross", "merged"):
-        torch.testing.assert_close(getattr(halves, part), getattr(whole, part))
-    assert halves.count == whole.count == 10
-    assert halves.apart == pytest.approx(whole.apart)
-    assert whole.apart == pytest.approx(float((x - y).square().sum()))
-
-
 def test_a_small_ridge_gets_exact_moments() -> None:
     assert not find("iteris").exact({"alpha": 1e-4, "alpha_merged": None})
     assert find("iteris").exact({"alpha": 1e-4, "alpha_merged": 1e-7})
@@ -198,7 +188,7 @@ def test_the_engine_takes_products_as_exact_as_the_ridge_asks(small: float, monk
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_moments_add_up_over_batches(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_are_those_of_all_rows_together(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sums_of, "ROWS", 70)  # some sums go into float64 on the way
     x, y = torch.randn(2, 200, 210, generator=torch.Generator().manual_seed(0))
     sums = sums_of.Sums(exact)
@@ -206,7 +196,7 @@ def test_moments_add_up_over_batches(exact: bool, monkeypatch: pytest.MonkeyPatc
         sums.add(x[k : k + 30], y[k : k + 30])
     found, wanted = sums.total(), Moments.of(x, y)
     assert (found.count, found.own.dtype) == (200, torch.float64)
-    assert found.apart == pytest.approx(wanted.apart)
+    assert found.apart == pytest.approx(wanted.apart) == pytest.approx(float((x - y).square().sum()))
     for part in ("own", "cross", "merged"):
         assert distance(getattr(found, part), getattr(wanted, part)) < (1e-14 if exact else 1e-6)
 

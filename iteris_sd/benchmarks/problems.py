@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from iteris_sd import sd15
 from iteris_sd.calibration import Part, Samples
 from iteris_sd.lora import LoRA, LowRank
-from iteris_sd.samples import TEXT_BATCH, micro_batch
+from iteris_sd.samples import micro_batch
 
 KV_WIDTHS = (
     (320,) * 2 + (640,) * 2 + (1280,) * 6 + (640,) * 3 + (320,) * 3
@@ -91,7 +91,7 @@ def build(size: Size) -> Problem:
         return dict.fromkeys(kv, states)
 
     batches = [_batch(size, seed=n) for n in range(size.concepts)]
-    at_once = TEXT_BATCH if unet is None else micro_batch(size.latents**2)
+    at_once = micro_batch(1 if unet is None else size.latents**2)
     macs = _macs(run, [m for part in (text, unet) if part is not None for m in part.modules()], batches[0])
     return Problem(modules, loras, run, batches, at_once, macs)
 

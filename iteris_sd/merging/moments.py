@@ -24,7 +24,7 @@ ROWS = 4096  # added up in float32 before they go into float64; rounding grows w
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """XᵀX, X̃ᵀX and X̃ᵀX̃ over ``count`` input rows, and ``apart`` = ‖X̃ − X‖²_F; they add up over batches."""
+    """XᵀX, X̃ᵀX and X̃ᵀX̃ over ``count`` input rows, and ``apart`` = ‖X̃ − X‖²_F."""
 
     own: Tensor
     cross: Tensor
@@ -41,14 +41,6 @@ class Moments:
         sums = Sums(exact)
         sums.add(X, X_merged)
         return sums.total()
-
-    def __add__(self, other: "Moments") -> "Moments":
-        own = self.own + other.own
-        count = self.count + other.count
-        if self.merged is self.own and other.merged is other.own:
-            return Moments(own, own, own, count)
-        apart = self.apart + other.apart
-        return Moments(own, self.cross + other.cross, self.merged + other.merged, count, apart)
 
     def mixed(self, share: float) -> "Moments":
         """The moments with X̃ replaced by (1−ρ)X̃ + ρX, ρ = ``share`` (the authors' code, ``reg_ceof``)."""

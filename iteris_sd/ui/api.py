@@ -71,7 +71,7 @@ def add(visits: Visits, base: Base) -> None:
             base_model: storybook, sd15 or another that the page offers.
             size: side of the pictures in pixels, a multiple of 64; the base model's own if left out.
             clip_skip: 1 reads the text encoder's last layer, 2 the one before.
-            weights: how strongly each concept is applied; 1 for each if left out.
+            weights: how strongly each concept is applied; as it was kept if left out.
             parameters: of methods, as {"iteris": {"alpha": 0.0001}}.
 
         Returns:
@@ -80,6 +80,7 @@ def add(visits: Visits, base: Base) -> None:
             summary: the content of scores.json: every score, means, 95 % intervals, n, the scorer's name.
             recipe: the content of recipe.json.
         """
+        visit = visits.of(request)
         try:
             recipe = asking.recipe(
                 base=base_model,
@@ -94,10 +95,10 @@ def add(visits: Visits, base: Base) -> None:
                 size=size,
                 clip_skip=clip_skip,
                 samples=samples,
-                weights=weights or (),
+                weights=weights or [visit.library.find(str(name)).weight for name in concepts],
                 parameters=parameters,
             )
-            job = visits.of(request).begin(recipe)
+            job = visit.begin(recipe)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return (*await _finished(job), json.loads(recipe.json_text()))

@@ -87,8 +87,8 @@ class Kept:
 
         What is not said is as the concept's folder says, else guessed; the base, Stable Diffusion v1.5. The name is
         made fit for a folder, and numbered where another concept has it, shipped ones included. `tokens`: files of
-        learned tokens that belong to a LoRA. Raises UserError when
-        anything cannot be read or is out of bounds; then nothing is kept.
+        learned tokens that belong to a LoRA. Raises UserError when anything cannot be read or is out of bounds; then
+        nothing is kept.
         """
         told, files = _read(source, origin, tokens)
         said: dict[str, Any] = {

@@ -52,8 +52,11 @@ def main() -> None:
         options.save_every,
         options.warm,
     )
-    for name in STAGES if options.stage == "all" else (options.stage,):
-        stage(name)(run)
+    try:
+        for name in STAGES if options.stage == "all" else (options.stage,):
+            stage(name)(run)
+    except FileNotFoundError as missing:  # an earlier stage's work; it says which
+        parser.exit(2, f"{missing}\n")
 
 
 if __name__ == "__main__":

@@ -253,6 +253,7 @@ def train(run: Run) -> None:
     for subject in SUBJECTS.values():
         folder = run.assets / "concepts" / subject.name
         if (folder / "concept.json").exists():
+            print(f"{subject.name}: is there already; remove {folder} to make it anew", flush=True)
             continue
         pipeline = pipeline or load(run.assets)
         pipeline.to(run.machine.device)

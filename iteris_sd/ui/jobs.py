@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from iteris_sd import bases
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.recipe import Recipe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from iteris_sd.composer import Event
     from iteris_sd.ui.takeaway import Bag, Drawn
 
+_IMPORTING = threading.Lock()
 _ONE_AT_A_TIME = threading.Lock()  # the base model is one, and a job changes it while it works
 
 
@@ -38,11 +40,19 @@ class State:
     message: str = ""
 
 
+def bring_in() -> None:
+    """Import what is heavy, in one thread at a time: two that begin it at once trip over half-made modules."""
+    with _IMPORTING:
+        from iteris_sd import adding, backbone, composer, rendering, samples, scoring  # noqa: F401
+
+
 def load(base: str) -> None:
     """Import what is heavy and load a base model; may take long. Raises UserError."""
-    from iteris_sd import backbone, composer, scoring  # noqa: F401 - imported to be there
+    bring_in()
+    from iteris_sd import backbone
 
-    backbone.load(base)
+    with _IMPORTING:  # loading imports, too
+        backbone.load(base)
 
 
 class Job:
@@ -93,6 +103,9 @@ class Job:
             self.state = replace(self.state, phase="stopped")
             return
         self.state = replace(self.state, stage="Loading the models")
+        bring_in()
+        if not bases.find(self.recipe.base).download:
+            load(self.recipe.base)
         from iteris_sd.ui.takeaway import Bag
 
         bag = Bag(self.recipe, self._library, self.folder)

@@ -14,7 +14,7 @@ from iteris_sd import bases, hub, limits
 from iteris_sd.concepts import Concept
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
-from iteris_sd.ui import results
+from iteris_sd.ui import jobs, results
 from iteris_sd.ui.form import Form, Update
 from iteris_sd.ui.picker import choices
 from iteris_sd.ui.visits import Visit, Visits
@@ -149,6 +149,7 @@ def _guess(path: str | None) -> tuple[Any, Any, Any, str]:
     """What a file says of itself, to be looked at and mended before it is kept."""
     if not path or not path.endswith(".safetensors"):
         return gr.skip(), gr.skip(), gr.skip(), ""
+    jobs.bring_in()
     from iteris_sd import adding
 
     try:

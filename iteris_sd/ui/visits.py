@@ -59,6 +59,7 @@ class Visit:
 
         `more`: as `Kept.add` has it.
         """
+        jobs.bring_in()
         from iteris_sd import adding
 
         if file.suffix == ".zip":

@@ -3,30 +3,25 @@ their shapes, and nothing is kept that does not fit it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from iteris_sd import formats, guessing, hub, inspecting
+from iteris_sd import bases, formats, guessing, hub, inspecting
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
 from iteris_sd.kept import Kept
 from iteris_sd.layers import check_fit
 from iteris_sd.lora import LoRA
 
-_TITLES: Mapping[str, str] = {
-    inspecting.FAMILIES[768]: "sd15",
-    inspecting.FAMILIES[128]: "storybook",
-}
-
 
 def family(lora: LoRA, name: str) -> str:
     """Which of the base models' families a LoRA is for, told by its shapes. Raises UserError when it is for none."""
     from iteris_sd import backbone
 
-    told = _TITLES.get(inspecting.family(lora))
-    candidates = [told] if told else list(_TITLES.values())
+    told = bases.TEXT_WIDTHS.get(inspecting.text_width(lora) or 0)
+    candidates = [told] if told else list(bases.TEXT_WIDTHS.values())
     problems = []
     for candidate in candidates:
         try:

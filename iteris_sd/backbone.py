@@ -25,6 +25,7 @@ from iteris_sd.layers import applied, check_fit
 from iteris_sd.lora import LoRA, LowRank
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_BROKEN = (OSError, ValueError, KeyError, RuntimeError)  # what the libraries raise for files that are
 _LOADING = threading.Lock()  # so that two threads that want it load it once
 _TEXT_LAYOUT = "text_model."  # older transformers put this before every module name
 
@@ -40,9 +41,8 @@ class Backbone:
         self.base, self.pipeline = base, pipeline
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
-        self._spelled: Mapping[
-            str, str
-        ] = {}  # learned tokens of several vectors -> as the tokenizer knows them
+        # Learned tokens of several vectors -> as the tokenizer knows them.
+        self._spelled: Mapping[str, str] = {}
         self._clip_skip = 1
         self.layers: Mapping[str, nn.Module] = MappingProxyType(
             {
@@ -63,11 +63,6 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return self.unet.dtype
-
-    @property
-    def safe(self) -> bool:
-        """Whether pictures go through a safety checker."""
-        return self.pipeline.safety_checker is not None
 
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of one picture of `size` pixels; its own size unless given."""
@@ -226,12 +221,7 @@ def _loaded(base: bases.Base) -> Backbone:
     dtype = _dtype(base, device)
     try:
         pipeline = _single_file(place, dtype) if place.is_file() else _folder(place, dtype)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # what its libraries raise for broken files
+    except _BROKEN as error:
         raise UserError(f"The weights of {base.title} at {place} cannot be loaded: {error}") from error
     memory.placed(pipeline, device)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):

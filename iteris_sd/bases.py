@@ -7,6 +7,12 @@ from pathlib import Path
 
 from iteris_sd.errors import UserError
 
+TEXT_WIDTHS = {768: "sd15", 128: "storybook"}  # width of the text states -> family, which it tells apart
+STRANGERS = {
+    1024: "Stable Diffusion 2",
+    2048: "Stable Diffusion XL",
+    4096: "a model with a T5 text encoder",
+}  # families of other models, by the same width
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 

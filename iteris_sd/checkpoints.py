@@ -10,8 +10,6 @@ from typing import Any
 from iteris_sd import bases, limits
 from iteris_sd.errors import UserError
 
-WIDTHS = {768: "sd15", 128: "storybook"}  # of the text states, which tell the families apart
-_OTHERS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 4096: "a model with a T5 text encoder"}
 _READER = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _TEXT = "cond_stage_model.transformer."
 
@@ -37,7 +35,7 @@ def _folder(path: Path) -> bases.Base:
         raise UserError(
             f"{path} holds a {index.get('_class_name')}; a StableDiffusionPipeline is needed as the base model."
         )
-    return _of_width(path, unet.get("cross_attention_dim"), WIDTHS)
+    return _of_width(path, unet.get("cross_attention_dim"), bases.TEXT_WIDTHS)
 
 
 def _single_file(path: Path) -> bases.Base:
@@ -66,7 +64,9 @@ def _single_file(path: Path) -> bases.Base:
 def _of_width(path: Path, width: Any, known: Mapping[int, str]) -> bases.Base:
     """The base at `path`, of the family whose text states have this width."""
     if width not in known:
-        raise UserError(_refusal(path, _OTHERS.get(width, f"a model whose text states are {width} wide")))
+        raise UserError(
+            _refusal(path, bases.STRANGERS.get(width, f"a model whose text states are {width} wide"))
+        )
     family = bases.BASES[known[width]]
     return bases.like(family, name=str(path), title=path.stem, source=str(path), download="")
 

@@ -240,17 +240,17 @@ def compose(
             "scorer": scorer,
         }
         columns = None if methods is None else _words(methods)
-        asked = _recipe(told, names, columns, base, weights, samples, parameters, drawing)
-        from iteris_sd import export
+
+        def ask(base: str | None) -> Recipe:
+            return _recipe(told, names, columns, base, weights, samples, parameters, drawing)
+
+        asked = ask(base)
+        from iteris_sd import composer, export
 
         export.check_folder(output)
         library = _library(asked)
-        if told is None and base is None:
-            suiting = _suiting(asked, library)
-            asked = _recipe(None, names, columns, suiting, weights, samples, parameters, drawing)
-        if told is None and weights is None:
-            asked = _weighed(asked, library)
-        from iteris_sd import composer
+        if told is None:
+            asked = _weighed(ask(base or _suiting(asked, library)), library, weights)
 
         made = _watched(composer.compose(asked, library))
         export.write(made, output)
@@ -294,20 +294,20 @@ def merge(
     with _answering():
         registry.find(method)
         words = {"prompt": "a picture"}  # a recipe has a prompt, which the merge does not depend on
-        asked = _recipe(None, names, [method], base, weights, samples, parameters, words)
-        from iteris_sd import export
+        seen = {"unconditional": unconditional, "tokens_per_sample": tokens_per_sample}
+
+        def ask(base: str | None) -> Recipe:
+            return _seeing(_recipe(None, names, [method], base, weights, samples, parameters, words), seen)
+
+        asked = ask(base)
+        from iteris_sd import composer, export
 
         form = export.Form(layout, precision, bundle_tokens)
         export.check_lora_path(output, form)
         if diagnostics is not None:
             export.check_folder(diagnostics)
         library = _library(asked)
-        suiting = base or _suiting(asked, library)
-        asked = _recipe(None, names, [method], suiting, weights, samples, parameters, words)
-        seen = {"unconditional": unconditional, "tokens_per_sample": tokens_per_sample}
-        asked = _seeing(asked if weights else _weighed(asked, library), seen)
-        from iteris_sd import composer
-
+        asked = _weighed(ask(base or _suiting(asked, library)), library, weights)
         picked, merged = _watched(composer.merge_all(asked, library, measured=diagnostics is not None))
         metadata = export.lora_metadata(asked, picked, merged[method])
         files = export.write_lora(merged[method].lora, composer.all_tokens(picked), output, metadata, form)
@@ -495,8 +495,10 @@ def _recipe(
     return Recipe.of(data)
 
 
-def _weighed(recipe: Recipe, library: Library) -> Recipe:
-    """The recipe with every concept as strong as it is unless told."""
+def _weighed(recipe: Recipe, library: Library, told: str | None) -> Recipe:
+    """The recipe with every concept as strong as it was kept, unless weights were `told`."""
+    if told is not None:
+        return recipe
     uses = [{"name": use.name, "weight": library.find(use.name).weight} for use in recipe.concepts]
     return Recipe.of({**recipe.model_dump(), "concepts": uses})
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
@@ -28,12 +28,21 @@ if TYPE_CHECKING:
 
     from iteris_sd.backbone import Backbone
     from iteris_sd.calibration import Merged
-    from iteris_sd.calibration import Progress as Step
     from iteris_sd.rendering import Settings
     from iteris_sd.samples import Inputs
     from iteris_sd.scoring import NoScorer, Score, Scorer
 
+S = TypeVar("S")
 T = TypeVar("T")
+_SMALLER = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+)  # how much smaller batches get where memory is short; the largest has 64 samples
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,9 @@ def prompt_with_triggers(recipe: Recipe, picked: Sequence[Loaded]) -> str:
 
 def prompt_for_base(recipe: Recipe, picked: Sequence[Loaded]) -> str:
     """The prompt for the base model, which knows no learned tokens: triggers become class nouns, weights stay."""
-    plain = {token.lower(): one.concept.class_noun for one in picked for token in one.tokens}
+    plain = {
+        prompting.escaped(token.lower()): one.concept.class_noun for one in picked for token in one.tokens
+    }
     plain |= {prompting.escaped(one.concept.trigger.lower()): one.concept.class_noun for one in picked}
     longest_first = sorted(plain, key=len, reverse=True)
     known = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in longest_first)
@@ -136,44 +147,42 @@ def merge(
     inputs: Sequence[Inputs] | None,
 ) -> Generator[Progress, None, Merged]:
     """Merge the picked LoRAs by one method; yield progress, return the result. Tokens must be known already."""
-    from iteris_sd import calibration, memory, samples
+    from iteris_sd import calibration, samples
     from iteris_sd.merging import registry
 
     loras = weighted(recipe, picked)
     wanted = calibration.contested(loras, method.name, method.parameters)
-    parts = 1
-    while True:
+
+    def attempt(parts: int) -> Generator[Progress, None, Merged]:
         fed = None
         if wanted and registry.find(method.name).needs == "words":
-            fed = samples.of_words(backbone, picked, wanted)
+            fed = samples.of_words(backbone, picked, wanted, parts)
         elif inputs is not None:
             seen = recipe.calibration.tokens_per_sample
             fed = samples.for_merging(backbone, inputs, wanted, seen, parts)
         work = calibration.merge(backbone.layers, loras, fed, method.name, method.parameters)
+        doing = f"Merging by {title(method.name)}"
+        return _relayed(work, lambda step: Progress(f"{doing}: {step.stage}", step.step, step.steps))
+
+    return (yield from _within_memory(attempt, f"merging by {title(method.name)}"))
+
+
+def _within_memory(
+    attempt: Callable[[int], Generator[Progress, None, T]], doing: str
+) -> Generator[Progress, None, T]:
+    """Work in batches so many times smaller than usual, as memory needs it: 1, 2, 4 … times."""
+    from iteris_sd import memory
+
+    for parts in _SMALLER:
         try:
-            return (yield from _stages(work, method.name))
+            return (yield from attempt(parts))
         except (RuntimeError, MemoryError) as error:
             if not memory.ran_out(error):
                 raise
         memory.tidy()
-        if fed is None or fed.micro_batch == 1:
-            raise UserError(
-                f"Memory ran out while merging by {title(method.name)}. Look at fewer tokens per sample, take fewer "
-                "samples, or merge fewer concepts."
-            )
-        parts *= 2
-
-
-def _stages(work: Generator[Step, None, Merged], method: str) -> Generator[Progress, None, Merged]:
-    """Pass on the steps of a merge as progress, and return its result."""
-    with closing(work):
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as stop:
-                merged: Merged = stop.value
-                return merged
-            yield Progress(f"Merging by {title(method)}: {step.stage}", step.step, step.steps)
+    raise UserError(
+        f"Memory ran out while {doing}. Look at fewer tokens per sample, take fewer samples, or merge fewer concepts."
+    )
 
 
 def weighted(recipe: Recipe, picked: Sequence[Loaded]) -> list[LoRA]:
@@ -206,8 +215,12 @@ def collect(
     for one, lora in zip(picked, weighted(recipe, picked), strict=True):
         stage = f"Sampling inputs of {one.concept.title}"
         yield Progress(stage, 0, total)
-        work = samples.gather(backbone, one, lora, recipe, text_only=text_only)
-        inputs.append((yield from _relayed(work, stage, total)))
+
+        def attempt(parts: int, one: Loaded = one, lora: LoRA = lora, stage: str = stage) -> Any:
+            work = samples.gather(backbone, one, lora, recipe, text_only=text_only, parts=parts)
+            return _relayed(work, lambda done: Progress(stage, done, total))
+
+        inputs.append((yield from _within_memory(attempt, f"sampling inputs of {one.concept.title}")))
     return inputs
 
 
@@ -349,7 +362,7 @@ def _draw(
     which = "seed" if len(seeds) == 1 else "seeds"
     stage = f"Drawing {title(method)}, {which} {', '.join(map(str, seeds))}"
     work = rendering.render(backbone, prompt, recipe.negative, seeds, settings)
-    drawn = yield from _relayed(work, stage, recipe.steps)
+    drawn = yield from _relayed(work, lambda done: Progress(stage, done, recipe.steps))
     return [
         Picture(method, seed, one.image, prompt, scoring.UNSCORED, one.flagged)
         for seed, one in zip(seeds, drawn, strict=True)
@@ -374,24 +387,21 @@ def downloading(work: Generator[tuple[int, int], None, T], what: str) -> Generat
     """Pass on the bytes of a download as progress in kilobytes, its size in words, and return its result."""
     from iteris_sd import hub
 
+    def told(bytes: tuple[int, int]) -> Progress:
+        done, total = bytes
+        stage = f"Downloading {what}, once: {hub.readable(total)}"
+        return Progress(stage, done // 1000, max(1, total // 1000))
+
+    return _relayed(work, told)
+
+
+def _relayed(work: Generator[S, None, T], told: Callable[[S], Progress]) -> Generator[Progress, None, T]:
+    """Pass on the steps of an inner generator, each `told` as progress, and return its result."""
     with closing(work):
         while True:
             try:
-                done, total = next(work)
+                step = next(work)
             except StopIteration as stop:
                 result: T = stop.value
                 return result
-            stage = f"Downloading {what}, once: {hub.readable(total)}"
-            yield Progress(stage, done // 1000, max(1, total // 1000))
-
-
-def _relayed(work: Generator[int, None, T], stage: str, total: int) -> Generator[Progress, None, T]:
-    """Pass on the steps of an inner generator as progress of a stage, and return its result."""
-    with closing(work):
-        while True:
-            try:
-                done = next(work)
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
-            yield Progress(stage, done, total)
+            yield told(step)

@@ -124,12 +124,6 @@ class Library:
         """The concepts made for one base model."""
         return [concept for concept in self.concepts.values() if concept.base == base]
 
-    def with_concept(self, concept: Concept) -> Library:
-        """The library and one concept more. Raises UserError when the name is taken."""
-        if concept.name in self.concepts:
-            raise UserError(f"There is already a concept called {concept.name!r}; choose another name.")
-        return Library({**self.concepts, concept.name: concept})
-
     def joined(self, other: Library) -> Library:
         """The concepts of both, these first; of two that are called the same, this library's."""
         more = {name: concept for name, concept in other.concepts.items() if name not in self.concepts}

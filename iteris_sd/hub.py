@@ -5,7 +5,6 @@ Files go into the Hub's usual cache, by the Hub's own library.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Generator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from iteris_sd import limits
+from iteris_sd import limits, serving
 from iteris_sd.errors import UserError
 
 _TICK = 0.1  # seconds between two reports
@@ -281,8 +280,8 @@ def _home(repo: str) -> Path:
 
 
 def _token() -> bool | None:
-    """Whose eyes to look with: this machine's user's, but on a public Space nobody's, for visitors name what to see."""
-    return False if "SPACE_ID" in os.environ else None
+    """Whose eyes to look with: this machine's user's, but nobody's where strangers name what to see."""
+    return False if serving.public() else None
 
 
 @contextmanager

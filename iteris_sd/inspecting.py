@@ -19,15 +19,11 @@ import torch
 from torch import Tensor
 
 from iteris_sd import formats
+from iteris_sd.bases import STRANGERS
 from iteris_sd.lora import LoRA, inner
 from iteris_sd.merging.decomposing import decompose
 
-FAMILIES = {
-    768: "Stable Diffusion 1",
-    1024: "Stable Diffusion 2",
-    2048: "Stable Diffusion XL",
-    128: "Storybook",
-}
+FAMILIES = {768: "Stable Diffusion 1", 128: "Storybook", **STRANGERS}
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,18 @@ def describe(path: Path) -> Description:
 
 def family(lora: LoRA) -> str:
     """The family of base models, told by the width of the text states that it reads; "unknown" where nothing tells."""
+    return FAMILIES.get(text_width(lora) or 0, "unknown")
+
+
+def text_width(lora: LoRA) -> int | None:
+    """The width of the text states that a LoRA reads; None where it touches no layer that tells."""
     widths = {
         adapter.shape[1]
         for name, adapter in lora.items()
         if name.endswith(("attn2.to_k", "attn2.to_v"))
         or (name.startswith("text_encoder.") and "self_attn" in name)
     }
-    known = [FAMILIES[width] for width in sorted(widths) if width in FAMILIES]
-    return known[-1] if known else "unknown"
+    return max((width for width in widths if width in FAMILIES), default=None)
 
 
 def blocks(lora: LoRA) -> dict[str, float]:

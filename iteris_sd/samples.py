@@ -63,12 +63,18 @@ def prompts(concept: Concept, base: Base, count: int) -> list[str]:
 
 
 def gather(
-    backbone: Backbone, loaded: Loaded, lora: LoRA, recipe: Recipe, *, text_only: bool = False
+    backbone: Backbone,
+    loaded: Loaded,
+    lora: LoRA,
+    recipe: Recipe,
+    *,
+    text_only: bool = False,
+    parts: int = 1,
 ) -> Generator[int, None, Inputs]:
     """Samples of one concept under its own `lora`; yield at each denoising step how many are ready.
 
-    `text_only`: what sees nothing but text needs no latents, and thus no trajectories. The backbone must know the
-    concept's tokens already.
+    `text_only`: what sees nothing but text needs no latents, and thus no trajectories. `parts`: batches so many times
+    smaller than usual, where memory is short. The backbone must know the concept's tokens already.
     """
     chosen = recipe.calibration
     texts = prompts(loaded.concept, backbone.base, chosen.samples)
@@ -83,13 +89,14 @@ def gather(
     start = rendering.initial_latents(backbone, [generator], recipe.size, each=chosen.samples)
     latents, times = [], []
     with backbone.prepared({}, lora):
-        for k in range(0, chosen.samples, _BATCH):
-            part = slice(k, k + _BATCH)
-            work = _stopped(backbone, texts[part], start[part], stops[part], recipe.guidance, chosen, k)
+        batch = max(1, _BATCH // parts)
+        for k in range(0, chosen.samples, batch):
+            part = slice(k, min(k + batch, chosen.samples))
+            work = _stopped(backbone, ids[part], start[part], stops[part], recipe.guidance, chosen, k)
             x, t = yield from work
             latents.append(x)
             times.append(t)
-            yield min(k + _BATCH, chosen.samples)
+            yield part.stop
     return Inputs(ids, _extended(latents, chosen.unconditional), _extended(times, chosen.unconditional))
 
 
@@ -102,7 +109,7 @@ def _extended(parts: Sequence[Tensor], more: int) -> Tensor:
 @torch.no_grad()
 def _stopped(
     backbone: Backbone,
-    texts: Sequence[str],
+    ids: Tensor,
     start: Tensor,
     stops: Tensor,
     guidance: float,
@@ -114,7 +121,7 @@ def _stopped(
     Yields `ready`, how many samples there were before, after each denoising step, so that it can be stopped there.
     """
     sampler = rendering.scheduler(backbone, rendering.Settings("ddim", chosen.steps))
-    states, nothing = backbone.encode(texts), backbone.encode([""])
+    states, nothing = backbone.states(ids), backbone.states(backbone.tokenise([""]))
     latents = start * sampler.init_noise_sigma
     for step, time in enumerate(sampler.timesteps[: int(stops.max())]):
         on = (stops > step).nonzero().flatten()
@@ -158,12 +165,17 @@ def for_merging(
 
 
 def of_words(
-    backbone: Backbone, picked: Sequence[Loaded], wanted: Collection[str], captions: int = 200
+    backbone: Backbone,
+    picked: Sequence[Loaded],
+    wanted: Collection[str],
+    parts: int = 1,
+    captions: int = 200,
 ) -> calibration.Samples:
     """Samples for methods that look at each concept's own words, and at generic captions of nobody's.
 
     Of a concept's captions only the words of its trigger count, of the others all positions. Serves layers that see
-    nothing but text. Raises UserError when a trigger cannot be found among its caption's tokens.
+    nothing but text. `parts`: as `for_merging` has it. Raises UserError when a trigger cannot be found among its
+    caption's tokens.
     """
     texts = [[t.format(one.concept.trigger) for t in ALONE] for one in picked]
     ids = [backbone.tokenise(some) for some in texts]
@@ -178,7 +190,8 @@ def of_words(
         states = backbone.states(torch.cat([ids[n][part] for n, part in parts]))
         return dict.fromkeys(readers, states)
 
-    return calibration.Samples(tuple(map(len, ids)), read, micro_batch(1), kept=kept)
+    rows = tuple(map(len, ids))
+    return calibration.Samples(rows, read, max(1, micro_batch(1) // parts), kept=kept)
 
 
 def _generic(base: Base) -> Iterator[str]:
@@ -190,7 +203,7 @@ def _generic(base: Base) -> Iterator[str]:
 
 def _bare(backbone: Backbone, words: str) -> list[int]:
     """The ids of words without the tokens that begin and end a text."""
-    found: list[int] = backbone.tokenizer(words, add_special_tokens=False).input_ids
+    found: list[int] = backbone.tokenizer(backbone.spell(words), add_special_tokens=False).input_ids
     return found
 
 

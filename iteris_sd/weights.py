@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Mapping
 from pathlib import Path, PurePosixPath
 
-from iteris_sd import hub
+from iteris_sd import hub, serving
 from iteris_sd.bases import Base, find
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
@@ -45,8 +45,8 @@ def checked(folder: Path, kind: str) -> bool:
 
 
 def safety_wanted() -> bool:
-    """Whether pictures go through a model's safety checker: as ITERIS_SD_SAFETY says, else on a public Space."""
-    return os.environ.get("ITERIS_SD_SAFETY", "on" if "SPACE_ID" in os.environ else "off") != "off"
+    """Whether pictures go through a model's safety checker: as ITERIS_SD_SAFETY says, else where strangers draw."""
+    return os.environ.get("ITERIS_SD_SAFETY", "on" if serving.public() else "off") != "off"
 
 
 def usual(library: Library) -> str:

@@ -223,6 +223,63 @@ def test_where_memory_runs_out_a_merge_goes_on_with_smaller_batches(
         assert (less[name].delta() - wanted).norm() < 1e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize("method", ["iteris", "custom_diffusion", "linear"])
+def test_where_memory_never_suffices_it_is_told(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibration, "merge", never)
+    with pytest.raises(UserError, match="Memory ran out while merging by .* Look at fewer tokens per sample"):
+        merged(asked(methods=[{"name": method}]))
+
+
+def test_where_memory_runs_out_samples_are_taken_in_smaller_batches(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole, *_) = gathered(backbone)
+    forward, sizes = backbone.unet.forward, []
+
+    def scarce(latents: torch.Tensor, *rest: object, **more: object) -> object:
+        sizes.append(len(latents))
+        if len(latents) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(latents, *rest, **more)
+
+    monkeypatch.setattr(backbone.unet, "forward", scarce)
+    (less, *_) = gathered(backbone)
+    assert max(sizes) > 10 >= sizes[-1]
+    (x, t), (wanted, times) = less.pictured(), whole.pictured()
+    assert torch.equal(t, times)
+    torch.testing.assert_close(x, wanted, rtol=1e-3, atol=1e-4)
+
+
+def gathered(backbone: Backbone) -> list[samples.Inputs]:
+    picked = composer.pick(RECIPE, Library.shipped())
+    with backbone.prepared(composer.all_tokens(picked)):
+        return calibration.finish(composer.collect(backbone, RECIPE, picked, {"unet.conv_in"}))
+
+
+def test_a_trigger_of_several_vectors_is_found_among_its_words(backbone: Backbone) -> None:
+    (dog,) = composer.pick(asked(concepts=[{"name": "dog"}], prompt="a {0}"), Library.shipped())
+    several = replace(dog, tokens={"<rex>": torch.randn(3, toybook.WIDTH)})
+    with backbone.prepared(several.tokens):
+        found = samples.of_words(backbone, [several], set(backbone.layers))
+    assert found.kept is not None and found.kept[0].sum(dim=1).tolist() == [4] * len(samples.ALONE)
+
+
+def test_brackets_of_a_trigger_are_no_weights_in_samples(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (dog,) = composer.pick(asked(concepts=[{"name": "dog"}], prompt="a {0}"), Library.shipped())
+    named = replace(dog, concept=replace(dog.concept, trigger="(dog:1.3)"))
+    asked_for: list[str] = []
+    monkeypatch.setattr(backbone, "encode", lambda prompts: asked_for.extend(prompts))
+    calibration.finish(samples.gather(backbone, named, dog.lora, RECIPE))
+    assert not asked_for  # nothing that would read them
+
+
 def test_clip_skip_changes_samples_and_pictures_alike(backbone: Backbone) -> None:
     one, two = (merged(asked(methods=[{"name": "iteris"}], clip_skip=k))["iteris"].lora for k in (1, 2))
     assert any(not torch.allclose(one[name].delta(), two[name].delta()) for name in one)

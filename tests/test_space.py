@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from iteris_sd import limits, weights
+from iteris_sd import limits, serving, weights
 from iteris_sd.composer import Composition
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
@@ -98,3 +98,14 @@ def test_a_public_page_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights.safety_wanted()
     monkeypatch.setenv("ITERIS_SD_SAFETY", "off")
     assert not weights.safety_wanted()
+
+
+def test_a_public_link_is_as_public_as_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    monkeypatch.setenv("ITERIS_SD_PUBLIC", "")
+    monkeypatch.delenv("ITERIS_SD_PUBLIC")  # what is set from here on goes with the test
+    assert not serving.public()
+    serving.go_public()
+    assert serving.public() and weights.safety_wanted()
+    with pytest.raises(UserError, match="This public page"):
+        space.check(recipe(steps=60))

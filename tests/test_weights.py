@@ -58,7 +58,7 @@ def test_a_diffusers_folder_is_a_base_of_its_family(small: Path) -> None:
     backbone = backbones.load(str(small))
     assert backbone.dtype == torch.float32 and backbone.unet.config.cross_attention_dim == 768
     assert backbone.encode(["a dog"]).shape == (1, 77, 768)
-    assert not backbone.safe
+    assert backbone.pipeline.safety_checker is None
 
 
 def test_precision_can_be_told(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

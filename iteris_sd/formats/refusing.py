@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from iteris_sd.bases import STRANGERS
 from iteris_sd.errors import UserError
 from iteris_sd.formats.header import Entry
 
@@ -42,7 +43,6 @@ _KINDS = (
     ),
     (r"^(control_model|controlnet|lllite_|input_hint_block)", f"a ControlNet, not a LoRA; {_ONLY}"),
 )
-_FAMILIES = {1024: "Stable Diffusion 2", 2048: _XL, 4096: "a model with a T5 text encoder"}
 _READS_TEXT = re.compile(r"attn2[._](processor\.)?to_[kv]")
 
 
@@ -55,8 +55,8 @@ def check(entries: Mapping[str, Entry]) -> None:
     for key, entry in entries.items():
         if _READS_TEXT.search(key) and len(entry.shape) in (2, 4) and ("down" in key or "lora_A" in key):
             width = entry.shape[1]
-            if width in _FAMILIES:
+            if width in STRANGERS:
                 raise UserError(
-                    f"it is made for {_FAMILIES[width]}, whose text states are {width} wide ({key!r}); {_SD1}, where "
+                    f"it is made for {STRANGERS[width]}, whose text states are {width} wide ({key!r}); {_SD1}, where "
                     "they are 768."
                 )

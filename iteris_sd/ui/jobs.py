@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from iteris_sd import bases
+from iteris_sd import bases, weights
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.recipe import Recipe
@@ -104,8 +104,11 @@ class Job:
             return
         self.state = replace(self.state, stage="Loading the models")
         bring_in()
-        if not bases.find(self.recipe.base).download:
-            load(self.recipe.base)
+        base = bases.find(self.recipe.base)
+        if (
+            weights.located(base) is not None
+        ):  # else it is fetched first, and the page is told how far that is
+            load(base.name)
         from iteris_sd.ui.takeaway import Bag
 
         bag = Bag(self.recipe, self._library, self.folder)

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from iteris_sd import bases, hub, limits
-from iteris_sd.concepts import Concept
+from iteris_sd.concepts import PICTURES, Concept
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import jobs, results
@@ -22,7 +22,6 @@ from iteris_sd.ui.visits import Visit, Visits
 _NEW = ""  # in the list of one's own concepts: none of them, a new one
 _FIRST = ("A new one", _NEW)
 _SILENT: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-PICTURES = [".png", ".jpg", ".jpeg", ".webp"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,11 @@ def layout() -> Own:
     """Lay the widgets out, folded away."""
     with gr.Accordion("Your own concepts", open=False, elem_id="own"):
         which = gr.Dropdown([_FIRST], value=_NEW, label="Add or change", elem_id="own-which")
-        with gr.Row():
-            file = gr.File(
-                label="A LoRA (.safetensors), or a concept that was exported (.zip)",
-                file_types=[".safetensors", ".zip"],
-                height=110,
-            )
+        file = gr.File(
+            label="A LoRA (.safetensors), or a concept that was exported (.zip)",
+            file_types=[".safetensors", ".zip"],
+            height=110,
+        )
         id = gr.Textbox(
             label="Or from the Hugging Face Hub",
             info="owner/name, or owner/name:file.safetensors",
@@ -75,7 +73,7 @@ def layout() -> Own:
         weight = gr.Slider(0.1, limits.MAX_WEIGHT, 1.0, step=0.1, label="Weight to begin with")
         pictures = gr.File(
             label=f"Up to {limits.MAX_REFERENCES} pictures of it, to score against",
-            file_types=PICTURES,
+            file_types=list(PICTURES),
             file_count="multiple",
             height=110,
         )
@@ -198,6 +196,7 @@ def _keep(visits: Visits, form: Form, own: Own) -> Callable[..., Iterator[Update
 
 def _from_hub(visit: Visit, id: str, words: dict[str, Any], shown: list[Path], own: Own) -> Any:
     """Download a LoRA while the page shows how far it is, and keep it."""
+    jobs.bring_in()
     from iteris_sd import adding
 
     parsed = hub.parse(id)

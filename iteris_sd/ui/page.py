@@ -8,11 +8,11 @@ from functools import partial
 import gradio as gr
 from PIL import Image
 
-from iteris_sd import bases, limits, weights
+from iteris_sd import bases, limits, serving, weights
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.kept import Kept
-from iteris_sd.ui import api, compose, jobs, space, theme
+from iteris_sd.ui import api, compose, jobs, theme
 from iteris_sd.ui.visits import Visits
 
 TITLE = "IterIS for Stable Diffusion"
@@ -62,7 +62,9 @@ def launch(host: str | None = None, port: int | None = None, share: bool = False
     Concepts that are added stay for good where the page is one person's own; on a public page they go with the visit.
     """
     Image.MAX_IMAGE_PIXELS = limits.MAX_PICTURE_PIXELS
-    visits = Visits(Library.shipped(), None if share or space.public() else Kept.usual())
+    if share:
+        serving.go_public()
+    visits = Visits(Library.shipped(), None if serving.public() else Kept.usual())
     build(visits).queue(default_concurrency_limit=8, max_size=limits.MAX_WAITING).launch(
         server_name=host,
         server_port=port,

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from iteris_sd import bases, limits
+from iteris_sd import bases, limits, serving
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.recipe import BASE_COLUMN, Recipe
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 _LOADING, _PICTURE_STEP, _SAMPLE, _MERGE = 15.0, 0.06, 0.15, 10.0
 
 
-def public() -> bool:
-    """Whether strangers use this page: it is a Space."""
-    return "SPACE_ID" in os.environ
-
-
 def lent() -> bool:
     """Whether the GPU is lent for each call."""
     return bool(os.environ.get("SPACES_ZERO_GPU")) and importlib.util.find_spec("spaces") is not None
@@ -33,7 +28,7 @@ def lent() -> bool:
 
 def check(recipe: Recipe) -> None:
     """Raise UserError when a composition is larger than a public page does."""
-    if not public():
+    if not serving.public():
         return
     pictures = len(recipe.seeds) * len(recipe.methods)
     for what, found, most in (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,6 +48,7 @@ def reference(
 
 
 @settings(max_examples=60, deadline=None)
+@example(out=5, width=1, terms=[(1, 1, 1.0)], log_alpha=0.0, dtype=torch.float64, seed=214798)
 @given(
     out=st.integers(1, 9),
     width=st.integers(1, 9),

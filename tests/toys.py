@@ -116,8 +116,8 @@ def problem(toy: Toy, ranks: Sequence[int], seed: int = 0) -> tuple[list[LoRA], 
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖."""
-    return float((found - wanted).norm() / wanted.norm())
+    """‖found − wanted‖ / ‖wanted‖; 0 where they are equal, zeros among them (α = 1 merges one input to nothing)."""
+    return 0.0 if torch.equal(found, wanted) else float((found - wanted).norm() / wanted.norm())
 
 
 def worst(found: LoRA, wanted: Any) -> float:

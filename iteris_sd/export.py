@@ -5,6 +5,7 @@ A folder or a pair of files is made beside its place and then moved there, so th
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from iteris_sd.calibration import Merged
-    from iteris_sd.composer import Composition, Picture
     from iteris_sd.concepts import Loaded
+    from iteris_sd.events import Composition, Picture
     from iteris_sd.lora import LoRA
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "picture_name",
     "picture_png",
     "scores",
+    "scores_csv",
     "write",
     "write_diagnostics",
     "write_lora",
@@ -58,9 +60,10 @@ def write(composition: Composition, folder: Path) -> None:
     """
     with _assembled(folder) as draft:
         grid(composition).save(draft / "grid.png")
-        for picture in composition.pictures:
+        for picture in (*composition.pictures, *composition.retained):
             (draft / picture_name(picture)).write_bytes(picture_png(picture, composition.recipe))
         (draft / "scores.json").write_text(_json(scores(composition)), encoding="utf-8")
+        (draft / "scores.csv").write_text(scores_csv(composition), encoding="utf-8")
         (draft / "recipe.json").write_text(composition.recipe.json_text(), encoding="utf-8")
         for method, merged in composition.merged.items():
             metadata = lora_metadata(composition.recipe, composition.concepts, merged)
@@ -160,7 +163,8 @@ def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) ->
 
 def picture_name(picture: Picture) -> str:
     """The name of a picture's file."""
-    return f"{picture.method}_seed{picture.seed}.png"
+    scene = f"retention-{picture.scene}_" if picture.scene else ""
+    return re.sub(r"[^\w.-]+", "-", f"{scene}{picture.method}_seed{picture.seed}.png")
 
 
 def picture_png(picture: Picture, recipe: Recipe) -> bytes:
@@ -179,16 +183,44 @@ def picture_png(picture: Picture, recipe: Recipe) -> bytes:
 
 
 def scores(composition: Composition) -> dict[str, Any]:
-    """Every picture's scores and their summary by method, with the scorer's name; plain values for JSON."""
+    """Every picture's scores, their summary by method, and how methods differ from the linear average, seed by seed.
+
+    `scorer` is the name of the one that compared with the text; `encoders` are those that compared with reference
+    pictures. Plain values for JSON.
+    """
     from iteris_sd import scoring
 
+    pictures = composition.pictures
     return {
         "scorer": composition.scorer,
+        "encoders": scoring.encoders(composition.scorer, pictures),
         "base": composition.recipe.base,
         "seconds": dict(composition.seconds),
-        "summary": [asdict(row) for row in scoring.summarise(composition.pictures)],
-        "pictures": [{"file": picture_name(p), **_facts(p)} for p in composition.pictures],
+        "summary": [asdict(row) for row in scoring.summarise(pictures)],
+        "paired": [asdict(row) for row in scoring.paired(pictures, scoring.BASELINE)],
+        "pictures": [{"file": picture_name(p), **_facts(p)} for p in pictures],
+        "retained": [{"file": picture_name(p), **_facts(p)} for p in composition.retained],
     }
+
+
+def scores_csv(composition: Composition) -> str:
+    """A table with one line per picture: method, seed, prompt, flagged (true or false), then `scoring.measures`.
+
+    What a picture was not scored by stays empty. A text that a spreadsheet would take for a formula has an apostrophe
+    before it.
+    """
+    from iteris_sd import scoring
+
+    found = [(picture, scoring.measures(picture.score)) for picture in composition.pictures]
+    columns = list(dict.fromkeys(measure for _, own in found for measure in own))
+    content = io.StringIO()
+    table = csv.writer(content, lineterminator="\n")
+    table.writerow(["method", "seed", "prompt", "flagged", *map(_inert, columns)])
+    for picture, own in found:
+        flagged = str(picture.flagged).lower()
+        values = [own.get(measure, "") for measure in columns]
+        table.writerow([_inert(picture.method), picture.seed, _inert(picture.prompt), flagged, *values])
+    return content.getvalue()
 
 
 def check_folder(folder: Path) -> None:
@@ -213,14 +245,20 @@ def check_lora_path(path: Path, form: Form = Form()) -> None:
 
 
 def _facts(picture: Picture) -> dict[str, Any]:
-    """Method, seed, prompt and scores of one picture."""
+    """Scene, method, seed, prompt and scores of one picture."""
     return {
+        "scene": picture.scene,
         "method": picture.method,
         "seed": picture.seed,
         "prompt": picture.prompt,
         "scores": asdict(picture.score),
         "flagged": picture.flagged,
     }
+
+
+def _inert(text: str) -> str:
+    """The text as a cell that no spreadsheet computes (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _parameters(picture: Picture, recipe: Recipe) -> str:

@@ -1,5 +1,6 @@
 """What a person takes away: complete, true to the composition, and good in plain diffusers."""
 
+import csv
 import io
 import json
 from dataclasses import replace
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from iteris_sd import __version__, bases, calibration, composer, export, formats
-from iteris_sd.composer import Composition
+from iteris_sd import __version__, bases, calibration, cli, columns, composer, export, formats, scoring
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
+from iteris_sd.events import Composition, Picture
 from iteris_sd.recipe import Recipe
 from tests import toybook
 
@@ -58,6 +61,7 @@ def files(folder: Path) -> set[str]:
 EVERYTHING = {
     "grid.png",
     "recipe.json",
+    "scores.csv",
     "scores.json",
     *(f"{method}_seed{seed}.png" for method in METHODS for seed in (0, 7)),
     *(f"merged/{method}.safetensors" for method in METHODS[1:]),
@@ -185,6 +189,90 @@ def test_scores(composition: Composition) -> None:
     assert row["low"] <= row["mean"] <= row["high"]
 
 
+def test_scores_tell_how_methods_differ_from_the_linear_average(composition: Composition) -> None:
+    found = json.loads(json.dumps(export.scores(composition)))
+    assert found["encoders"] == ["toy scorer"]
+    assert {row["method"] for row in found["paired"]} == set(METHODS) - {"linear"}
+    assert {row["to"] for row in found["paired"]} == {"linear"} and {row["n"] for row in found["paired"]} == {
+        2
+    }
+    text = {(p["method"], p["seed"]): p["scores"]["text"] for p in found["pictures"]}
+    expected = sum(text["iteris", seed] - text["linear", seed] for seed in (0, 7)) / 2
+    (row,) = (r for r in found["paired"] if (r["method"], r["measure"]) == ("iteris", "text"))
+    assert row["mean"] == pytest.approx(expected)
+    without = tuple(p for p in composition.pictures if p.method != "linear")
+    assert export.scores(replace(composition, pictures=without))["paired"] == []
+
+
+def table(composition: Composition) -> list[dict[str, str]]:
+    text = export.scores_csv(composition)
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_the_table_has_a_line_for_every_picture(composition: Composition, tmp_path: Path) -> None:
+    rows = table(composition)
+    measures = ["text", "text_cosine", "image:dog", "image:barn", "minimum", "mean"]
+    assert list(rows[0]) == ["method", "seed", "prompt", "flagged", *measures]
+    for row, picture in zip(rows, composition.pictures, strict=True):
+        assert (row["method"], row["seed"], row["prompt"]) == (
+            picture.method,
+            str(picture.seed),
+            picture.prompt,
+        )
+        assert row["flagged"] == "false"
+        assert {name: float(row[name]) for name in measures} == scoring.measures(picture.score)
+    export.write(composition, tmp_path)
+    assert (tmp_path / "scores.csv").read_text(encoding="utf-8") == export.scores_csv(composition)
+
+
+def test_the_table_keeps_its_columns_and_leaves_empty_what_was_not_scored(composition: Composition) -> None:
+    blanked = replace(composition.pictures[0], score=scoring.UNSCORED, flagged=True)
+    each = {"dog": 0.1, "barn": 0.2}
+    seen = replace(composition.pictures[1], score=scoring.Score.of(0.5, each, each, each))
+    first, second = table(replace(composition, pictures=(blanked, seen)))
+    more = ["crop:dog", "crop:barn", "crop_minimum", "dino:dog", "dino:barn"]
+    assert list(first)[4:] == ["text", "text_cosine", "image:dog", "image:barn", "minimum", "mean", *more]
+    assert first["flagged"] == "true" and not any(list(first.values())[4:])
+    assert [float(second[name]) for name in more] == [0.1, 0.2, 0.1, 0.1, 0.2]
+    assert table(replace(composition, pictures=())) == []
+
+
+@given(st.sampled_from(["", "=", "+", "-", "@", "\t", "\r", '"', "\n"]), st.text(max_size=20))
+def test_no_cell_is_a_formula(start: str, rest: str) -> None:
+    said = export._inert(start + rest)
+    assert not said.startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert said.removeprefix("'") == (start + rest).removeprefix("'")
+
+
+def test_prompts_reach_the_table_as_texts(composition: Composition) -> None:
+    prompts = ['=HYPERLINK("http://a")', "-2, +3", 'a "dog",\na barn', "+1", "@x", "a = b"]
+    pictures = tuple(replace(composition.pictures[0], prompt=prompt) for prompt in prompts)
+    shown = [row["prompt"] for row in table(replace(composition, pictures=pictures))]
+    assert shown == [f"'{p}" if p[0] in "=+-@" else p for p in prompts]
+
+
+def test_the_terminal_shows_means_and_differences(
+    composition: Composition, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(pictures: tuple[Picture, ...]) -> str:
+        cli._print_scores(replace(composition, pictures=pictures))
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "200")
+    means, differences = printed(composition.pictures).split("by toy scorer.")
+    (row,) = (
+        r
+        for r in scoring.paired(composition.pictures, "linear")
+        if (r.method, r.measure) == ("iteris", "image:dog")
+    )
+    assert row.high is not None and f"{row.mean:+.3f} ±{row.high - row.mean:.3f}" in differences
+    assert "Base model" in differences and "Differences to" in differences
+    assert means.count("Linear") == 1 and "crop" not in means
+    assert "Differences" not in printed(tuple(p for p in composition.pictures if p.method != "linear"))
+    unscored = tuple(replace(p, score=scoring.UNSCORED) for p in composition.pictures)
+    assert printed(unscored) == "No picture was scored; the scorer was toy scorer.\n"
+
+
 def test_base_column_and_scorer_get_plain_words(composition: Composition) -> None:
     assert {p.prompt for p in composition.pictures if p.method == "base"} == {"a dog next to a barn"}
     assert {p.prompt for p in composition.pictures if p.method != "base"} == {
@@ -248,7 +336,7 @@ def drawn_plainly(made: Composition, method: str, folder: Path) -> Image.Image:
         pipeline.load_textual_inversion(embedding)
     side = bases.find("storybook").size
     return pipeline(
-        composer.prompt_with_triggers(made.recipe, made.concepts),
+        columns.prompt_with_triggers(made.recipe, made.concepts),
         negative_prompt="rain",
         num_inference_steps=3,
         guidance_scale=4.0,

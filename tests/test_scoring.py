@@ -1,6 +1,6 @@
 """Scores: the formulas of the design's fourth section, their summary, and the scorer that ships."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from iteris_sd import scoring
+from iteris_sd import dino, scoring
 from iteris_sd.errors import UserError
-from iteris_sd.scoring import Row, Score, Scorer
+from iteris_sd.scoring import Paired, Row, Score, Scorer
 from iteris_sd.storybook import data, world
 
 FOLDER = Path(__file__).resolve().parents[1] / "assets" / "scorer"
@@ -45,7 +45,7 @@ def toy() -> Scorer:
     return Scorer(
         "toy",
         Palette(),
-        lambda picture: torch.from_numpy(np.asarray(picture) / 255.0).permute(2, 0, 1).float(),
+        lambda picture: torch.from_numpy(np.asarray(picture) / 255.0).float().mean(dim=(0, 1))[:, None, None],
         lambda texts: torch.tensor([words[text] for text in texts]),
         torch.device("cpu"),
     )
@@ -55,9 +55,20 @@ def plain(colour: str) -> Image.Image:
     return Image.new("RGB", (8, 8), colour)
 
 
-@given(cosines, st.dictionaries(st.text(max_size=5), cosines, min_size=1, max_size=5))
-def test_a_score_follows_from_its_cosines(text, images):
-    score = Score.of(text, images)
+def patched(ground: str, colour: str, box: tuple[int, int, int, int]) -> Image.Image:
+    """A picture of 8×8 pixels in one colour with a rectangle of another."""
+    picture = plain(ground)
+    picture.paste(colour, box)
+    return picture
+
+
+by_concept = st.dictionaries(st.text(max_size=5), cosines, max_size=5)
+
+
+@given(cosines, by_concept.filter(bool), by_concept, by_concept)
+def test_a_score_follows_from_its_cosines(text, images, crops, dino):
+    score = Score.of(text, images, crops, dino)
+    assert (score.crops, score.dino) == (crops, dino)
     assert score.text == (2.5 * text if text > 0 else 0.0)
     assert score.text_cosine == text
     assert score.images == images
@@ -86,6 +97,88 @@ def test_each_picture_is_scored_against_the_prompt_and_each_concept():
     assert red.mean == pytest.approx((1 + half) / 4)
     assert blue.text == pytest.approx(0.0)
     assert blue.images == pytest.approx({"warm": 0.0, "cold": 1.0})
+
+
+@pytest.mark.parametrize("prompt", ["r", "rg"])
+def test_no_pictures_have_no_scores(prompt):
+    scorer = toy()
+    assert scorer.score([], prompt, {"red": scorer.reference([plain("red")])}) == []
+
+
+# ---------------------------------------------------------------- windows
+
+
+def test_a_blend_of_two_concepts_and_both_of_them_are_told_apart():
+    scorer = toy()
+    references = {name: scorer.reference([plain(name)]) for name in ("red", "blue")}
+    pictures = [patched("red", "blue", (4, 0, 8, 8)), plain("#ff00ff"), plain("red")]
+    both, blend, one = scorer.score(pictures, "r", references)
+    half = np.sqrt(0.5)
+    assert both.images == pytest.approx({"red": half, "blue": half}) == blend.images
+    assert both.crops == pytest.approx({"red": 1.0, "blue": 1.0})
+    assert blend.crops == pytest.approx({"red": half, "blue": half})
+    assert one.crops == pytest.approx({"red": 1.0, "blue": 0.0})
+    least = [scoring.measures(score)["crop_minimum"] for score in (both, blend, one)]
+    assert least == pytest.approx([1.0, half, 0.0])
+
+
+def test_a_small_concept_counts_by_the_window_that_shows_it_best():
+    scorer = toy()
+    red = {"red": scorer.reference([plain("red")])}
+    quarter, off = patched("lime", "red", (4, 4, 8, 8)), patched("lime", "red", (1, 0, 5, 4))
+    (fits, between) = scorer.score([quarter, off], "r", red)
+    assert fits.images["red"] == pytest.approx(0.25 / np.hypot(0.25, 0.75))
+    assert fits.crops["red"] == pytest.approx(1.0)
+    assert between.crops["red"] == pytest.approx(0.75 / np.hypot(0.75, 0.25))  # three of four columns
+
+
+def test_without_references_there_are_no_crops():
+    (score,) = toy().score([plain("red")], "r", {})
+    assert score.text_cosine is not None and score == Score.of(score.text_cosine, {})
+    assert "crop_minimum" not in scoring.measures(score)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40))
+def test_a_window_is_never_worse_than_the_whole(seed, width, height):
+    rng = np.random.default_rng(seed)
+    scorer = toy()
+    picture = Image.fromarray(rng.integers(1, 256, (height, width, 3), dtype=np.uint8))
+    (score,) = scorer.score([picture], "r", {"red": scorer.reference([plain("red"), plain("yellow")])})
+    assert score.images["red"] <= score.crops["red"] <= 1 + 1e-6
+
+
+def test_the_large_clip_looks_at_fewer_windows_on_a_cpu(monkeypatch):
+    monkeypatch.setenv(dino.SWITCH, "off")
+    monkeypatch.setattr(scoring, "_open", lambda source, device: (Palette(), None, None))
+    counts = {
+        (name, device): scoring.load.__wrapped__(name, device).windows
+        for name in scoring.SCORERS
+        for device in ("cpu", "cuda")
+    }
+    assert counts.pop(("vit-l-14", "cpu")) == 5 and set(counts.values()) == {14}
+    few = replace(toy(), windows=5)
+    picture, red = patched("lime", "red", (4, 4, 8, 8)), {"red": few.reference([plain("red")])}
+    (score,) = few.score([picture], "r", red)  # red fills four ninths of the best of them
+    assert score.crops["red"] == pytest.approx(4 / np.hypot(4, 5))
+
+
+@given(st.integers(1, 90), st.integers(1, 90))
+def test_windows_are_the_whole_four_large_and_nine_small_ones(width, height):
+    whole, *others = scoring.windows(Image.new("RGB", (width, height)))
+    assert whole.size == (width, height) and len(others) == 13
+    for parts, some in ((0.75, others[:4]), (0.5, others[4:])):
+        for window in some:
+            for have, side in zip(window.size, (width, height), strict=True):
+                assert parts * side <= have < parts * side + 2 and have <= side
+
+
+@given(st.floats(0, 2), st.floats(0, 2))
+def test_half_a_side_anywhere_is_seen_to_three_quarters(left, top):
+    def overlap(start: float, low: int) -> float:
+        return min(start, low) + 2 - max(start, low)
+
+    small = [box for box in scoring.WINDOWS if box[2] - box[0] == 2]
+    assert max(min(overlap(left, x), overlap(top, y)) for x, y, _, _ in small) >= 0.75 * 2
 
 
 def test_a_picture_against_its_prompt_scores_zero_and_keeps_its_cosine():
@@ -125,19 +218,23 @@ def test_a_scorer_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
 
 @dataclass(frozen=True)
 class Made:
-    """A picture as `summarise` needs it."""
+    """A picture as `summarise` and `paired` need it."""
 
     method: str
     score: Score
+    seed: int = 0
+
+
+def random_score(rng: np.random.Generator) -> Score:
+    text, *each = rng.uniform(-0.2, 1, 7).tolist()
+    return Score.of(
+        text, *({"dog": dog, "barn": barn} for dog, barn in zip(each[::2], each[1::2], strict=True))
+    )
 
 
 def test_a_summary_agrees_with_numpy():
     rng = np.random.default_rng(1)
-    made = [
-        Made(method, Score.of(text, {"dog": dog, "barn": barn}))
-        for method in ("iteris", "linear")
-        for text, dog, barn in rng.uniform(-0.2, 1, (5, 3)).tolist()
-    ]
+    made = [Made(method, random_score(rng)) for method in ("iteris", "linear") for _ in range(5)]
     rows = {(row.method, row.measure): row for row in scoring.summarise(made[5:] + made[:5])}
     assert list(dict.fromkeys(method for method, _ in rows)) == ["linear", "iteris"]
     measures = {
@@ -147,7 +244,13 @@ def test_a_summary_agrees_with_numpy():
         "image:barn": lambda s: s.images["barn"],
         "minimum": lambda s: s.minimum,
         "mean": lambda s: s.mean,
+        "crop:dog": lambda s: s.crops["dog"],
+        "crop:barn": lambda s: s.crops["barn"],
+        "crop_minimum": lambda s: min(s.crops["dog"], s.crops["barn"]),
+        "dino:dog": lambda s: s.dino["dog"],
+        "dino:barn": lambda s: s.dino["barn"],
     }
+    assert list(scoring.measures(made[0].score)) == list(measures)
     assert set(rows) == {(method, measure) for method in ("iteris", "linear") for measure in measures}
     for (method, measure), row in rows.items():
         values = np.array([measures[measure](m.score) for m in made if m.method == method])
@@ -164,6 +267,75 @@ def test_one_picture_has_a_mean_and_no_interval():
 
 def test_a_summary_of_nothing_is_empty():
     assert scoring.summarise([]) == []
+
+
+def test_what_did_not_take_part_is_not_among_the_encoders():
+    one = {"dog": 0.5}
+    unscored, clip, both = (
+        Made("linear", score) for score in (scoring.UNSCORED, Score.of(0, one), Score.of(0, one, one, one))
+    )
+    assert scoring.encoders("CLIP", [unscored]) == []
+    assert scoring.encoders("CLIP", [unscored, clip]) == ["CLIP"]
+    assert scoring.encoders("CLIP", [clip, both]) == ["CLIP", dino.TITLE]
+    assert scoring.NoScorer("nobody").encoders == () and toy().encoders == ("toy",)
+
+
+# ---------------------------------------------------------------- differences on the same seeds
+
+
+def test_differences_are_taken_on_the_seeds_that_both_have():
+    of_linear = [Made("linear", Score.of(text, {}), seed) for seed, text in ((0, 0.9), (1, 0.2), (2, 0.3))]
+    of_iteris = [Made("iteris", Score.of(text, {}), seed) for seed, text in ((2, 0.7), (1, 0.5), (3, -1.0))]
+    text, cosine = scoring.paired([*of_iteris, *of_linear], "linear")
+    # Differences 0.4 and 0.3: mean 0.35, deviation √0.005; t is 12.7062 for one degree of freedom.
+    reach = 12.706205 * np.sqrt(0.005) / np.sqrt(2)
+    assert (cosine.method, cosine.to, cosine.measure, cosine.n) == ("iteris", "linear", "text_cosine", 2)
+    assert cosine.mean == pytest.approx(0.35)
+    assert (cosine.low, cosine.high) == pytest.approx((0.35 - reach, 0.35 + reach))
+    assert text.measure == "text" and text.mean == pytest.approx(2.5 * 0.35)
+
+
+def test_one_seed_has_a_difference_and_no_interval():
+    made = [Made("base", Score.of(0.5, {"dog": 0.25})), Made("linear", Score.of(0.25, {"dog": 0.5}))]
+    rows = scoring.paired(made, "linear")
+    expected = {"text": 0.625, "text_cosine": 0.25, "image:dog": -0.25, "minimum": -0.25, "mean": -0.25}
+    assert rows == [Paired("base", "linear", name, 1, mean, None, None) for name, mean in expected.items()]
+
+
+def test_what_has_no_partner_has_no_difference():
+    one = Score.of(0.5, {})
+    assert scoring.paired([], "linear") == []
+    assert scoring.paired([Made("base", one), Made("iteris", one)], "linear") == []
+    assert scoring.paired([Made("linear", one)], "linear") == []
+    assert scoring.paired([Made("base", one, 1), Made("linear", one, 2)], "linear") == []
+    unscored = [Made("base", scoring.UNSCORED), Made("linear", one)]
+    assert scoring.paired(unscored, "linear") == scoring.paired(unscored[::-1], "base") == []
+    made = [Made("base", Score.of(0.5, {"dog": 1.0}), 1), Made("linear", one, 1), Made("linear", one, 2)]
+    assert [row.measure for row in scoring.paired(made, "linear")] == ["text", "text_cosine"]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 6))
+def test_differences_turn_round_and_do_not_see_what_seeds_have_in_common(seed, n):
+    rng = np.random.default_rng(seed)
+    texts, common = rng.uniform(0.2, 0.4, (2, n)), rng.uniform(0, 0.5, n)
+
+    def made(shift: np.ndarray) -> list[Made]:
+        return [
+            Made(method, Score.of(float(text), {}), k)
+            for method, own in zip(("linear", "iteris"), texts + shift, strict=True)
+            for k, text in enumerate(own)
+        ]
+
+    there, back = scoring.paired(made(0 * common), "linear"), scoring.paired(made(0 * common), "iteris")
+    shifted = scoring.paired(made(common), "linear")
+    summary = {(row.method, row.measure): row.mean for row in scoring.summarise(made(0 * common))}
+    for one, other, third in zip(there, back, shifted, strict=True):
+        assert one.mean == pytest.approx(summary["iteris", one.measure] - summary["linear", one.measure])
+        told, back_again, common_to_both = (
+            np.array([row.mean, row.low, row.high], dtype=float) for row in (one, other, third)
+        )
+        assert told == pytest.approx(-back_again[[0, 2, 1]])
+        assert told == pytest.approx(common_to_both, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +390,22 @@ def test_an_individual_is_nearer_its_own_references_than_another_of_its_class(sc
     picture = world.draw(world.place("dog", "mountains", 9))
     (score,) = scorer.score([picture], "a dog in the mountains", {"own": own, "other": others})
     assert score.images["own"] > score.images["other"] + 0.1
+
+
+@shipped
+def test_two_individuals_side_by_side_are_both_found_in_windows(scorer):
+    places = ("beach", "meadow", "snow")
+    references = {
+        name: scorer.reference([world.draw(world.place(name, place, k)) for k, place in enumerate(places)])
+        for name in ("dog", "barn")
+    }
+    dog, barn = (world.draw(world.place(name, "mountains", 9)) for name in ("dog", "barn"))
+    together = Image.new("RGB", (2 * dog.width, 2 * dog.height), "white")
+    together.paste(dog, (0, 0))
+    together.paste(barn, (dog.width, dog.height))
+    with_both, with_one = scorer.score([together, dog], "a dog", references)
+    assert scoring.measures(with_both)["crop_minimum"] > with_both.minimum + 0.1
+    assert scoring.measures(with_both)["crop_minimum"] > scoring.measures(with_one)["crop_minimum"] + 0.1
 
 
 @shipped

@@ -30,6 +30,7 @@ from iteris_sd import bases, concepts, limits
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
 
+UNFINISHED = ".unfinished-"  # what the name of a folder begins with as long as it is being made
 _WORDS = (
     *("name", "title", "trigger", "class_noun", "base", "description", "licence"),
     *("weight", "source", "revision"),
@@ -55,9 +56,7 @@ class Kept:
     @staticmethod
     def usual() -> Kept:
         """Those of this user: in the folder for an application's data, or in that of ITERIS_SD_DATA."""
-        told = os.environ.get("ITERIS_SD_DATA")
-        data = Path(told).expanduser() if told else platformdirs.user_data_path("iteris-sd", appauthor=False)
-        return Kept(data / "concepts")
+        return Kept(user_data() / "concepts")
 
     def library(self) -> Library:
         """All that can be read; the others are `broken`."""
@@ -100,7 +99,7 @@ class Kept:
         said |= {"name": name.strip() or title, "base": base, "source": origin, "revision": revision}
         told = replace(told, **{word: v for word, v in said.items() if v is not None and str(v).strip()})
         told = replace(told, base=bases.find(told.base).family)
-        with _drafting(self.folder) as draft:
+        with drafting(self.folder) as draft:
             made = draft / "made"
             made.mkdir()
             _write_words(made, told)
@@ -119,7 +118,7 @@ class Kept:
         if unknown := sorted(set(changes) - set(_EDITABLE)):
             raise UserError(f"{unknown[0]} cannot be changed; {', '.join(_EDITABLE)} can.")
         concept = replace(self.library().find(name), **changes)
-        with _drafting(self.folder) as draft:
+        with drafting(self.folder) as draft:
             _write_words(draft, concept)
             read_concept(draft)
             (draft / "concept.json").replace(self.folder / name / "concept.json")
@@ -129,7 +128,7 @@ class Kept:
         """Put these pictures in place of a concept's. Raises UserError when one cannot be opened; none changes then."""
         self.library().find(name)
         place = self.folder / name / "references"
-        with _drafting(self.folder) as draft:
+        with drafting(self.folder) as draft:
             new, old = draft / "new", draft / "old"
             _write_references(new, paths)
             if place.exists():
@@ -146,7 +145,7 @@ class Kept:
         """Remove a concept, or a broken folder. Raises UserError when there is none, or it cannot be removed."""
         if name not in self.broken:
             self.library().find(name)
-        with _drafting(self.folder) as draft:
+        with drafting(self.folder) as draft:
             (self.folder / name).rename(draft / "removed")
 
     def export_zip(self, name: str, path: Path) -> None:
@@ -154,7 +153,7 @@ class Kept:
         self.library().find(name)
         folder = self.folder / name
         files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
-        with _drafting(path.parent) as draft:
+        with drafting(path.parent) as draft:
             with zipfile.ZipFile(draft / "made.zip", "w", strict_timestamps=False) as archive:
                 for inside, file in files.items():
                     if _KNOWN.fullmatch(inside):
@@ -167,7 +166,7 @@ class Kept:
         Raises UserError when it is no such zip, holds anything else, or what `add` checks is wrong; then nothing is
         kept.
         """
-        with _drafting(self.folder) as draft:
+        with drafting(self.folder) as draft:
             unpacked = draft / "unpacked"
             try:
                 _unpack(path, unpacked)
@@ -207,12 +206,21 @@ class Kept:
         raise AssertionError("numbers do not end")
 
 
+def user_data() -> Path:
+    """Where what this user keeps lies: the folder for an application's data, or that of ITERIS_SD_DATA."""
+    told = os.environ.get("ITERIS_SD_DATA")
+    return Path(told).expanduser() if told else platformdirs.user_data_path("iteris-sd", appauthor=False)
+
+
 @contextmanager
-def _drafting(folder: Path) -> Iterator[Path]:
-    """A hidden folder inside `folder` to work in; it goes with all that is still in it when the block ends."""
+def drafting(folder: Path) -> Iterator[Path]:
+    """A hidden folder inside `folder` to work in; it goes with all that is still in it when the block ends.
+
+    Raises UserError when the disk is full, or nothing may be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as draft:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as draft:
             yield Path(draft)
     except OSError as error:
         raise UserError(

@@ -16,6 +16,9 @@ MAX_TOKEN_CHARS = 128  # a learned token is one word of a prompt
 
 # The page
 MAX_WAITING = 32  # requests in the queue; more would wait longer than anybody does
+MAX_IDLE_SECONDS = (
+    6 * 3600
+)  # of a visit whose page was not seen to close, as programs' never are; then its files go
 MAX_PUBLIC_PICTURES = 32  # of one composition on a public page: minutes of a shared GPU
 MAX_PUBLIC_STEPS = 50  # denoising steps there
 MAX_GPU_SECONDS = 120  # of a shared GPU that one composition may ask for
@@ -25,6 +28,7 @@ MAX_CHECKPOINT_BYTES = 16 * 1024**3  # SD v1.5 with its EMA in fp32 is 8 GB
 
 # Merging
 MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper caps at 20
+MAX_REMEMBERED_BYTES = 1024**3  # merges and samples kept for the next time: a few large ones, many small ones
 MAX_FRONTIER_BYTES = 4 * 1024**3  # what waiting micro-batches may hold in memory; the rest goes to disk
 MAX_COEFFICIENT = 1e3  # a larger ratio silences the other concepts altogether
 
@@ -39,6 +43,7 @@ MAX_PICTURES = 64  # seeds times methods: minutes of work on two cores
 MAX_STEPS = 100  # the paper's own number; more shows no gain
 MAX_LCM_STEPS = 50  # an LCM-LoRA was distilled from so many
 MAX_GUIDANCE = 20.0  # beyond it pictures burn out
+MAX_STRENGTH = 2.0  # a merged adapter drawn more strongly than this breaks the base model
 MAX_WEIGHT = 4.0  # a LoRA applied more strongly than this breaks the base model
 MAX_PROMPT_CHARS = 1000  # 77 tokens are read; a thousand characters hold several times as many
 MAX_PROMPT_WEIGHT = 4.0  # words weighed more than this push the text states out of what the U-Net knows
@@ -65,3 +70,17 @@ MAX_ZIP_RATIO = (
 
 # Training
 MAX_PHOTOS = 100  # of one concept; a handful is usual, and all are held in memory
+
+# History
+MAX_HISTORY = 200  # compositions that are kept; nobody scrolls through more
+MAX_HISTORY_BYTES = 2 * 1024**3  # two hundred compositions of a dozen pictures of 512 px
+MAX_UNFINISHED_SECONDS = 3600  # copying a composition takes seconds; what is older was left by a crash
+MAX_ENTRY_BYTES = 64 * 1024  # entry.json is a few lines, and the names of 64 pictures
+MAX_SCORES_BYTES = 4 * 1024**2  # 64 pictures with the longest prompts take half a megabyte
+MAX_THUMBNAIL_SIDE = 320  # pixels; as wide as a card on the page
+MAX_TITLE_CHARS = 200  # of a composition's prompt, and of its concepts' names, in a list: two lines
+
+# Recipes out of links and pictures
+MAX_QUERY_CHARS = 16 * 1024  # two prompts of the most characters, four bytes each, take 11 kB
+MAX_DRAWN_BYTES = 32 * 1024**2  # a picture of 1024 px takes 4 MB with all it says
+MAX_TOLD_CHARS = 300  # of a complaint that repeats what a stranger wrote; a sentence takes no more

@@ -14,6 +14,7 @@ forward with the last result and a solve of all layers, micro-batch after micro-
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import median
 from typing import Any, TypeVar
 
 from torch import nn
@@ -29,7 +30,18 @@ from iteris_sd.pausing import Pausable
 from iteris_sd.sharing import Shares, shares
 from iteris_sd.spilling import Frontier
 
-__all__ = ["LayerReport", "Merged", "Part", "Progress", "Samples", "contested", "finish", "measure", "merge"]
+__all__ = [
+    "Change",
+    "LayerReport",
+    "Merged",
+    "Part",
+    "Progress",
+    "Samples",
+    "contested",
+    "finish",
+    "measure",
+    "merge",
+]
 
 T = TypeVar("T")
 
@@ -72,11 +84,21 @@ class LayerReport:
     truncation: float | None = None
 
 
+@dataclass(frozen=True)
+class Change:
+    """How much one iteration changed the layers solved (the paper's Fig. 8): the median and the largest of
+    ‖ΔW_k − ΔW_{k−1}‖ / ‖ΔW_k‖."""
+
+    median: float
+    largest: float
+
+
 @dataclass(frozen=True, eq=False)
 class Merged:
     """The merged LoRA, how each layer came about, how often the model ran, and on how many samples at once.
 
-    ``frontier``: the most bytes that the waiting micro-batches of a sweep held, those on disk included.
+    ``frontier``: the most bytes that the waiting micro-batches of a sweep held, those on disk included. ``changes``: of
+    every iteration after the first solve; empty where there was none, as in a sweep.
     """
 
     lora: LoRA
@@ -86,6 +108,7 @@ class Merged:
     passes: int
     micro_batch: int | None = None
     frontier: int = 0
+    changes: tuple[Change, ...] = ()
 
 
 def merge(
@@ -112,6 +135,7 @@ def merge(
     problem = _Problem(modules, shares(loras, chosen, settings), samples, groups, chosen.exact(settings))
     solve = _Solver(problem, chosen, settings)
     outcomes, passes, frontier = problem.uncontested(), 0, Frontier(limits.MAX_FRONTIER_BYTES)
+    changes: list[Change] = []
     if chosen.needs == "none":
         outcomes |= {name: solve(name, None) for name in problem.contested}
     elif problem.contested:
@@ -119,14 +143,16 @@ def merge(
         if iterations is None:
             found, passes = (yield from _sweep(problem, solve, frontier)), 1
         else:
-            found, passes = yield from _iterate(problem, solve, iterations, settings.get("tolerance", 0.0))
+            tolerance = settings.get("tolerance", 0.0)
+            found, changes = yield from _iterate(problem, solve, iterations, tolerance)
+            passes = 1 + len(changes)
         outcomes |= found
     ordered = {name: outcomes[name] for name in problem.participants}
     kernels = {name: kernel for lora in loras for name, kernel in lora.kernels.items()}
     lora = LoRA({name: outcome.adapter for name, outcome in ordered.items()}, kernels)
     size = samples.micro_batch if samples is not None and passes else None
     reports = tuple(outcome.report for outcome in ordered.values())
-    return Merged(lora, chosen.name, settings, reports, passes, size, frontier.peak)
+    return Merged(lora, chosen.name, settings, reports, passes, size, frontier.peak, tuple(changes))
 
 
 def contested(loras: Sequence[LoRA], method: str, parameters: Mapping[str, Any]) -> frozenset[str]:
@@ -143,9 +169,10 @@ def measure(
 ) -> tuple[LayerReport, ...]:
     """How well ``merged``, made by whatever method, serves every layer of several LoRAs: one pass, no solve.
 
-    Weights are those of eq. 8, so that methods can be compared. Raises UserError as ``merge`` does.
+    Weights are those of eq. 8, so that methods can be compared. Moments are in the inputs' own dtype, float32 at least:
+    nothing is solved here that would need more. Raises UserError as ``merge`` does.
     """
-    problem = _Problem(modules, Shares(loras), samples, len(loras))
+    problem = _Problem(modules, Shares(loras), samples, len(loras), exact=False)
     sites = finish(_gathered(problem, merged, Progress("measuring", 0, 1)))
     return tuple(_measured(problem, name, site, merged[name]) for name, site in sites.items())
 
@@ -356,24 +383,27 @@ def _sweep(
 
 def _iterate(
     problem: _Problem, solve: _Solver, iterations: int, tolerance: float
-) -> Generator[Progress, None, tuple[dict[str, _Outcome], int]]:
-    """Algorithm 1 as printed: a first solve with X̃ = X, then at most ``iterations`` refinements; also the passes.
+) -> Generator[Progress, None, tuple[dict[str, _Outcome], list[Change]]]:
+    """Algorithm 1 as printed: a first solve with X̃ = X, then at most ``iterations`` refinements; what each changed.
 
     Ends early once no layer's ΔW changes by more than ``tolerance`` of itself.
     """
     merged = {name: outcome.adapter for name, outcome in problem.uncontested().items()}
     outcomes: dict[str, _Outcome] = {}
+    changes: list[Change] = []
     for k in range(iterations + 1):
         progress = Progress(f"refinement {k} of {iterations}" if k else "first solve", k, iterations + 1)
         sites = yield from _gathered(problem, merged if k else None, progress)
         solved = {name: solve(name, site) for name, site in sites.items()}
         if k:
             solved = {name: outcome.after(outcomes[name]) for name, outcome in solved.items()}
+            apart = [outcome.report.change or 0.0 for outcome in solved.values()]
+            changes.append(Change(median(apart), max(apart)))
         outcomes = solved
         merged |= {name: outcome.adapter for name, outcome in outcomes.items()}
-        if k and max(outcome.report.change or 0.0 for outcome in outcomes.values()) < tolerance:
+        if changes and changes[-1].largest < tolerance:
             break
-    return outcomes, k + 1
+    return outcomes, changes
 
 
 def _gathered(

@@ -143,6 +143,26 @@ class Backbone:
                 handle.remove()
 
     @contextmanager
+    def adapted_rows(self, loras: Sequence[LoRA | None], rows: int) -> Iterator[None]:
+        """Within the block the U-Net applies to every row of a batch one of several adapters.
+
+        A batch is one block or several of `rows` rows with the first adapter, as many with the second, and so on.
+        """
+        for lora in loras:
+            check_fit(lora or LoRA({}), self.layers, "This LoRA")
+        placed = [(lora or LoRA({})).to(self.device, self.dtype) for lora in loras]
+        touched = {name: None for lora in placed for name in lora if name.startswith("unet.")}
+        handles = [
+            self.layers[name].register_forward_hook(_adding_rows([lora.get(name) for lora in placed], rows))
+            for name in touched
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
     def _knowing(self, tokens: Mapping[str, Tensor]) -> Iterator[None]:
         """Put learned tokens into a copy of the tokenizer and behind the embedding table."""
         if not tokens:
@@ -180,6 +200,18 @@ class Backbone:
 def _adding(adapter: LowRank):  # type: ignore[no-untyped-def]  # a torch hook
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + applied(module, adapter, args[0])
+
+    return hook
+
+
+def _adding_rows(adapters: Sequence[LowRank | None], rows: int):  # type: ignore[no-untyped-def]  # a torch hook
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        parts, sums = (t.unflatten(0, (-1, len(adapters), rows)) for t in (args[0], output))
+        for k, adapter in enumerate(adapters):
+            if adapter is not None:
+                change = applied(module, adapter, parts[:, k].flatten(0, 1))
+                sums[:, k] += change.unflatten(0, (-1, rows))
+        return output
 
     return hook
 

@@ -16,18 +16,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from iteris_sd import bases, checkpoints
+from iteris_sd import bases, checkpoints, events
 from iteris_sd.concepts import Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.kept import Kept
 from iteris_sd.merging import registry
-from iteris_sd.recipe import BASE_COLUMN, Recipe, Sampler
+from iteris_sd.recipe import ALONE_COLUMN, BASE_COLUMN, Recipe, Sampler, title
 
 if TYPE_CHECKING:
     from iteris_sd.benchmarks.merging import Step
-    from iteris_sd.composer import Composition, Event
+    from iteris_sd.events import Composition, Event
     from iteris_sd.inspecting import Description, Overlap
-    from iteris_sd.scoring import Row
+    from iteris_sd.scoring import Paired, Row
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -112,7 +112,7 @@ def add(
 ) -> None:
     """Keep a concept; what is not told is guessed from its file."""
     with _answering():
-        from iteris_sd import adding, composer, hub
+        from iteris_sd import adding, hub
 
         kept, path = Kept.usual(), Path(source)
         said = _said(title, trigger, class_noun, weight)
@@ -120,7 +120,7 @@ def add(
         if path.suffix == ".zip":
             concept = adding.unpack(kept, path)
         elif not path.exists() and (id := hub.parse(source)) is not None:
-            got = _watched(composer.downloading(adding.fetch(id), source))
+            got = _watched(events.downloading(adding.fetch(id), source))
             more = {"origin": str(id), "revision": got.revision, "tokens": got.tokens}
             concept = adding.keep(kept, got.file, **shown, **more)
         else:
@@ -182,7 +182,8 @@ def methods(as_json: AsJson = False) -> None:
         _print_json([_plain(asdict(method)) for method in registry.METHODS.values()])
         return
     table = Table("Name", "What it does", "Parameters (default)", show_lines=True)
-    table.add_row(BASE_COLUMN, "No LoRA at all: the reference column.", "")
+    table.add_row(BASE_COLUMN, "No LoRA at all: a reference column.", "")
+    table.add_row(ALONE_COLUMN, "Each concept's own LoRA and nobody else's: a reference column for each.", "")
     for method in registry.METHODS.values():
         dials = [f"{method.name}.{p.name} ({p.default}): {p.help}" for p in method.parameters]
         table.add_row(method.name, escape(f"{method.description} {method.paper}."), escape("\n".join(dials)))
@@ -195,7 +196,9 @@ def compose(
     prompt: Annotated[
         str | None, typer.Option(help="What to draw; {0}, {1} … stand for the concepts in the order given.")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Columns of the grid: base,linear,iteris.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Columns of the grid: base,alone,linear,iteris.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Rows of the grid: 0,1,2,3.")] = None,
     output: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("out"),
     negative: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
@@ -215,6 +218,15 @@ def compose(
         str | None,
         typer.Option(
             help="Who scores: storybook, vit-l-14 or none; the base model's own scorer unless given."
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How strongly merged adapters are applied while drawing.")
+    ] = None,
+    retention: Annotated[
+        int | None,
+        typer.Option(
+            help="Of so many seeds, also draw each concept alone: by its own LoRA, and by each merged one."
         ),
     ] = None,
     base: BaseModel = None,
@@ -238,6 +250,8 @@ def compose(
             "size": size,
             "clip_skip": clip_skip,
             "scorer": scorer,
+            "strength": strength,
+            "retention": retention,
         }
         columns = None if methods is None else _words(methods)
 
@@ -300,7 +314,7 @@ def merge(
             return _seeing(_recipe(None, names, [method], base, weights, samples, parameters, words), seen)
 
         asked = ask(base)
-        from iteris_sd import composer, export
+        from iteris_sd import export, merger
 
         form = export.Form(layout, precision, bundle_tokens)
         export.check_lora_path(output, form)
@@ -308,9 +322,9 @@ def merge(
             export.check_folder(diagnostics)
         library = _library(asked)
         asked = _weighed(ask(base or _suiting(asked, library)), library, weights)
-        picked, merged = _watched(composer.merge_all(asked, library, measured=diagnostics is not None))
+        picked, merged = _watched(merger.merge_all(asked, library, measured=diagnostics is not None))
         metadata = export.lora_metadata(asked, picked, merged[method])
-        files = export.write_lora(merged[method].lora, composer.all_tokens(picked), output, metadata, form)
+        files = export.write_lora(merged[method].lora, merger.all_tokens(picked), output, metadata, form)
         if diagnostics is not None:
             files += export.write_diagnostics(merged[method], asked, diagnostics)
         for file in files:
@@ -391,12 +405,15 @@ def page(
     host: Annotated[str | None, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = None,
     port: Annotated[int | None, typer.Option(help="The port to listen on.", min=1, max=65535)] = None,
     share: Annotated[bool, typer.Option("--share", help="Also open a public link.")] = False,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also serve compose and merge as tools for language models (MCP).")
+    ] = False,
 ) -> None:
     """Open the page for browsers."""
     with _answering():
         from iteris_sd import ui
 
-        ui.launch(host=host, port=port, share=share)
+        ui.launch(host=host, port=port, share=share, mcp=mcp)
 
 
 @contextmanager
@@ -414,8 +431,6 @@ def _answering() -> Iterator[None]:
 
 def _watched(work: Generator[Event, None, T]) -> T:
     """Run `work` to its end behind a progress bar and return its result."""
-    from iteris_sd import composer
-
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -432,7 +447,7 @@ def _watched(work: Generator[Event, None, T]) -> T:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            if isinstance(event, composer.Progress):
+            if isinstance(event, events.Progress):
                 bar.update(task, description=event.stage, completed=event.done, total=event.total)
 
 
@@ -446,10 +461,10 @@ def _told(path: Path) -> Recipe:
 
 def _library(recipe: Recipe) -> Library:
     """The concepts at hand, and those that the recipe names by a path or an id on the Hub, which are fetched."""
-    from iteris_sd import adding, composer
+    from iteris_sd import adding
 
     work = adding.opening(_at_hand(), [use.name for use in recipe.concepts])
-    return _watched(composer.downloading(work, "a LoRA"))
+    return _watched(events.downloading(work, "a LoRA"))
 
 
 def _at_hand() -> Library:
@@ -564,18 +579,31 @@ def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
 
 
 def _print_scores(made: Composition) -> None:
-    """The summary by method: mean and, for several seeds, half the width of its 95 % interval."""
-    from iteris_sd import composer, scoring
+    """The summary by method and, under it, how methods differ from the linear average on the same seeds."""
+    from iteris_sd import scoring
 
     rows = scoring.summarise(made.pictures)
-    measures = [m for m in dict.fromkeys(row.measure for row in rows) if m != "text_cosine"]
-    table = Table("Method", "n", *(measure.removeprefix("image:") for measure in measures))
-    for use in made.recipe.methods:
-        own = {row.measure: row for row in rows if row.method == use.name}
-        cells = [_with_interval(own[measure]) if measure in own else "" for measure in measures]
-        table.add_row(composer.title(use.name), str(own["text"].n), *cells)
-    Console().print(table)
+    if not rows:
+        typer.echo(f"No picture was scored; the scorer was {made.scorer.rstrip('.')}.")
+        return
+    _print_by_method(rows)
     typer.echo(f"Means ± 95 % intervals over seeds; text and image alignment by {made.scorer}.")
+    differences = scoring.paired(made.pictures, scoring.BASELINE)
+    if differences:
+        _print_by_method(differences, "+")
+        typer.echo(f"Differences to {title(scoring.BASELINE)} on the same seeds: means ± 95 % intervals.")
+
+
+def _print_by_method(rows: Sequence[Row] | Sequence[Paired], sign: str = "") -> None:
+    """A line per method, a column per measure; of crops only the least, since there is little room."""
+    every = dict.fromkeys(row.measure for row in rows)
+    measures = [name for name in every if name != "text_cosine" and not name.startswith("crop:")]
+    table = Table("Method", "n", *(escape(measure.removeprefix("image:")) for measure in measures))
+    for column in dict.fromkeys(row.method for row in rows):
+        own = {row.measure: row for row in rows if row.method == column}
+        cells = [_with_interval(own[measure], sign) if measure in own else "" for measure in measures]
+        table.add_row(escape(title(column)), str(own["text"].n), *cells)
+    Console().print(table)
 
 
 def _print_growth(steps: Sequence[Step], as_json: bool) -> None:
@@ -618,9 +646,10 @@ def _print_overlap(one: str, other: str, met: Overlap | None) -> None:
     Console().print(table)
 
 
-def _with_interval(row: Row) -> str:
+def _with_interval(row: Row | Paired, sign: str = "") -> str:
+    """The mean and, for several seeds, half the width of its 95 % interval; the sign "+" is shown, too."""
     reach = "" if row.high is None else f" ±{row.high - row.mean:.3f}"
-    return f"{row.mean:.3f}{reach}"
+    return f"{row.mean:{sign}.3f}{reach}"
 
 
 def _print_json(value: Any) -> None:

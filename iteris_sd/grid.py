@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
+from iteris_sd.recipe import title
+
 if TYPE_CHECKING:
-    from iteris_sd.composer import Composition, Picture
+    from iteris_sd.events import Composition, Picture
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -26,17 +28,15 @@ HEADING, CAPTION = 17, 13  # font sizes in pixels
 
 def grid(composition: Composition) -> Image.Image:
     """All pictures of a composition on one sheet, in the order of its recipe; a missing one stays blank."""
-    from iteris_sd.composer import title
-
     recipe = composition.recipe
     side = max((picture.image.width for picture in composition.pictures), default=CELL)
     width = side * max(1, round(CELL / side))
     label = max(_length(_label(seed), CAPTION) for seed in recipe.seeds)
     blank = Image.new("RGB", (label, 1), PAPER)
-    headings = [_text([title(method.name)], HEADING, width, INK) for method in recipe.methods]
+    headings = [_text([title(column)], HEADING, width, INK) for column in recipe.columns]
     rows = [_beside([blank, *headings])]
     for seed in recipe.seeds:
-        cells = [_cell(composition.picture(method.name, seed), width) for method in recipe.methods]
+        cells = [_cell(composition.picture(column, seed), width) for column in recipe.columns]
         rows.append(_beside([_text([_label(seed)], CAPTION, label, FAINT), *cells]))
     across = rows[0].width
     prompt = _text(recipe.prompt.split(), HEADING, across, INK)

@@ -33,6 +33,21 @@ TARGETS: Mapping[str, "re.Pattern[str]"] = MappingProxyType(
     }
 )  # parts of a model that can be meant; the last three see nothing but text
 
+_BLOCKS = {
+    "text_encoder.": "text_encoder",
+    "unet.mid_block": "mid",
+    "unet.up_blocks": "up",
+    "unet.conv_out": "up",
+}
+
+
+def block(name: str) -> str:
+    """The part of the model that a layer belongs to: text_encoder, down, mid or up.
+
+    What the U-Net does before its blocks counts as down.
+    """
+    return next((block for start, block in _BLOCKS.items() if name.startswith(start)), "down")
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -146,6 +161,11 @@ class LoRA(Mapping[str, LowRank]):
     def scaled(self, c: float) -> "LoRA":
         """c·ΔW in every layer: a concept's *weight*."""
         return LoRA({name: adapter.scaled(c) for name, adapter in self.items()}, self.kernels)
+
+    def scaled_by_block(self, weights: Mapping[str, float]) -> "LoRA":
+        """ΔW times the weight of each layer's `block`; layers of a block with the weight 0 are left out."""
+        kept = {name: (adapter, weights[block(name)]) for name, adapter in self.items()}
+        return LoRA({name: adapter.scaled(w) for name, (adapter, w) in kept.items() if w}, self.kernels)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LoRA":
         """The same LoRA on another device or in another dtype."""

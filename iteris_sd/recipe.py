@@ -14,7 +14,9 @@ from iteris_sd import bases, limits, prompting
 from iteris_sd.errors import UserError
 from iteris_sd.merging import registry
 
-BASE_COLUMN = "base"  # the reference column: no LoRA at all
+BASE_COLUMN = "base"  # a reference column: no LoRA at all
+ALONE_COLUMN = "alone"  # reference columns: each concept's own LoRA, and nobody else's
+REFERENCES = (BASE_COLUMN, ALONE_COLUMN)
 Sampler = Literal["ddim", "dpm++", "ddpm", "euler a", "unipc", "lcm"]
 Scoring = Literal["", "storybook", "vit-l-14", "none"]
 _PLACE = re.compile(r"\{(\d+)\}")
@@ -24,26 +26,46 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+BlockWeight = Annotated[float, Field(ge=0, le=limits.MAX_WEIGHT)]
+
+
+class Blocks(_Value):
+    """How strongly a concept is applied in each part of the model, times its weight; with 0 its LoRA has no layers
+    there."""
+
+    text_encoder: BlockWeight = 1.0
+    down: BlockWeight = 1.0
+    mid: BlockWeight = 1.0
+    up: BlockWeight = 1.0
+
+    @model_validator(mode="after")
+    def _something(self) -> Blocks:
+        if not any(dict(self).values()):
+            raise UserError("All block weights of a concept are 0; raise one, or leave the concept out.")
+        return self
+
+
 class ConceptUse(_Value):
     """A picked concept: its name in the library (or a path, from a terminal) and how strongly it is applied."""
 
     name: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0, le=limits.MAX_WEIGHT)] = 1.0
+    blocks: Blocks = Blocks()
 
 
 class MethodUse(_Value):
-    """A column of the grid: `base` or a merging method, with its parameters."""
+    """Columns of the grid: a merging method with its parameters, `base`, or `alone`, one column for each concept."""
 
     name: str
     parameters: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _known(self) -> MethodUse:
-        if self.name == BASE_COLUMN:
+        if self.name in REFERENCES:
             if self.parameters:
-                raise UserError("The base model has no parameters.")
+                raise UserError(f"The reference column {self.name} has no parameters.")
         elif self.name not in registry.METHODS:
-            known = ", ".join([BASE_COLUMN, *registry.METHODS])
+            known = ", ".join([*REFERENCES, *registry.METHODS])
             raise UserError(f"There is no method {self.name!r}; choose from {known}.")
         else:
             registry.find(self.name).validate(self.parameters)
@@ -51,7 +73,7 @@ class MethodUse(_Value):
 
     def check_concepts(self, count: int) -> None:
         """Raise UserError when a parameter that has one number per concept has another number of them."""
-        dials = () if self.name == BASE_COLUMN else registry.find(self.name).parameters
+        dials = () if self.name in REFERENCES else registry.find(self.name).parameters
         for name in (dial.name for dial in dials if dial.scope == "concept"):
             given = self.parameters.get(name)
             if given is not None and len(given) != count:
@@ -88,7 +110,9 @@ class Recipe(_Value):
 
     In `prompt`, `{0}`, `{1}` … stand for the trigger phrases of `concepts` in order; triggers may be written out, too.
     `(word:1.2)` weighs words there and in `negative`. `size` in pixels and `scorer`: the base model's own unless given.
-    `clip_skip`: which of the text encoder's layers is read, 1 the last one, as A1111 counts.
+    `clip_skip`: which of the text encoder's layers is read, 1 the last one, as A1111 counts. `strength`: how strongly
+    merged adapters are applied when pictures are drawn. `retention`: of so many of the seeds, also draw each concept
+    alone, by its own LoRA and by each merged adapter, to see what the merge kept of it (the paper's Fig. 5a).
     """
 
     version: Literal[1] = 1
@@ -108,6 +132,8 @@ class Recipe(_Value):
     size: Annotated[int, Field(ge=limits.MIN_SIZE, le=limits.MAX_SIZE, multiple_of=64)] | None = None
     clip_skip: Annotated[int, Field(ge=1, le=limits.MAX_CLIP_SKIP)] = 1
     scorer: Scoring = ""
+    strength: Annotated[float, Field(ge=0, le=limits.MAX_STRENGTH)] = 1.0
+    retention: Annotated[int, Field(ge=0, le=limits.MAX_SEEDS)] = 0
     calibration: Calibration = Calibration()
 
     @field_validator("base")
@@ -145,21 +171,23 @@ class Recipe(_Value):
             raise UserError(
                 f"The prompt has {len(prompt)} characters; at most {limits.MAX_PROMPT_CHARS} are allowed."
             )
+        _check_written("prompt", prompt)
         prompting.parse(prompt)
         return prompt.strip()
 
     @field_validator("negative")
     @classmethod
     def _negative_can_be_read(cls, negative: str) -> str:
+        _check_written("negative prompt", negative)
         prompting.parse(negative)
         return negative
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        pictures = len(self.seeds) * len(self.methods)
-        if pictures > limits.MAX_PICTURES:
+        if self.count > limits.MAX_PICTURES:
+            also = ", and what each concept alone looks like," if self.retention else ""
             raise UserError(
-                f"{len(self.seeds)} seeds by {len(self.methods)} methods make {pictures} pictures; "
+                f"{len(self.seeds)} seeds by {len(self.columns)} columns{also} make {self.count} pictures; "
                 f"at most {limits.MAX_PICTURES} are allowed."
             )
         if self.sampler == "lcm" and self.steps > limits.MAX_LCM_STEPS:
@@ -176,6 +204,31 @@ class Recipe(_Value):
         for use in self.methods:
             use.check_concepts(len(self.concepts))
         return self
+
+    @property
+    def merging(self) -> tuple[MethodUse, ...]:
+        """The methods that merge: all but the references."""
+        return tuple(use for use in self.methods if use.name not in REFERENCES)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the grid: names of methods, `base`, and `alone:<concept>` for each concept."""
+        return tuple(
+            column
+            for use in self.methods
+            for column in ([alone(c.name) for c in self.concepts] if use.name == ALONE_COLUMN else [use.name])
+        )
+
+    @property
+    def retained(self) -> tuple[int, ...]:
+        """The seeds that each concept alone is drawn of."""
+        return self.seeds[: self.retention]
+
+    @property
+    def count(self) -> int:
+        """How many pictures it asks for."""
+        kept = len(self.retained) * len(self.concepts) * (1 + len(self.merging))
+        return len(self.seeds) * len(self.columns) + kept
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> Recipe:
@@ -201,7 +254,7 @@ class Recipe(_Value):
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is no recipe: it is not valid JSON.") from error
@@ -214,6 +267,21 @@ class Recipe(_Value):
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
+def alone(concept: str) -> str:
+    """The column of one concept's own LoRA."""
+    return f"{ALONE_COLUMN}:{concept}"
+
+
+def title(column: str) -> str:
+    """What a column, or a method of a recipe, is called for people."""
+    if column == BASE_COLUMN:
+        return "Base model"
+    if column == ALONE_COLUMN:
+        return "Each concept alone"
+    reference, _, concept = column.partition(":")
+    return f"{concept} alone" if reference == ALONE_COLUMN else registry.find(column).title
+
+
 def places(prompt: str) -> list[int]:
     """The numbers of the places `{0}`, `{1}` … that a prompt speaks of, in its order."""
     return [int(place) for place in _PLACE.findall(prompt)]
@@ -222,6 +290,16 @@ def places(prompt: str) -> list[int]:
 def fill(prompt: str, names: Sequence[str]) -> str:
     """Put `names` in the places `{0}`, `{1}` … of a prompt."""
     return _PLACE.sub(lambda place: names[int(place[1])], prompt)
+
+
+def _check_written(what: str, text: str) -> None:
+    """Raise UserError when a text holds half of a character, which no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The {what} holds half of a character at {error.start + 1}; write it anew."
+        ) from error
 
 
 def _bounded(count: int, most: int, noun: str) -> None:

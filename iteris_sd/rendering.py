@@ -27,6 +27,7 @@ from torch import Tensor
 from iteris_sd import memory
 from iteris_sd.backbone import Backbone
 from iteris_sd.errors import UserError
+from iteris_sd.lora import LoRA
 
 SAMPLERS: dict[str, type[SchedulerMixin]] = {
     "ddim": DDIMScheduler,
@@ -51,11 +52,28 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
+class Look:
+    """What one column draws: its prompt, and its adapter, None for the base model as it is."""
+
+    prompt: str
+    lora: LoRA | None
+
+
+@dataclass(frozen=True, eq=False)
 class Drawn:
-    """A picture, and whether the safety checker blanked it."""
+    """A picture, the latents (c, h, w) it was decoded from, and whether the safety checker blanked it."""
 
     image: Image.Image
+    latents: Tensor
     flagged: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """`done` denoising steps; `clean`: what the last of them took the finished latents to be, (n, c, h, w)."""
+
+    done: int
+    clean: Tensor
 
 
 def scheduler(backbone: Backbone, settings: Settings) -> SchedulerMixin:
@@ -93,14 +111,14 @@ def together(backbone: Backbone, settings: Settings) -> int:
 
 def render(
     backbone: Backbone, prompt: str, negative: str, seeds: Sequence[int], settings: Settings
-) -> Generator[int, None, list[Drawn]]:
-    """Draw one picture of each seed in one batch; yield after each denoising step how many are done, return them.
+) -> Generator[Step, None, list[Drawn]]:
+    """Draw one picture of each seed in one batch; yield after each denoising step, return the pictures.
 
     The same noise, guidance and sampler as `StableDiffusionPipeline` with CPU generators of these seeds. Where memory
     runs out, smaller batches are drawn one after the other. Raises UserError when it does not suffice for one picture.
     """
     try:
-        return (yield from _batch(backbone, prompt, negative, seeds, settings))
+        return (yield from _batch(backbone, _states(backbone, prompt, negative, settings), seeds, settings))
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise
@@ -116,25 +134,74 @@ def render(
     return first + (yield from render(backbone, prompt, negative, seeds[half:], settings))
 
 
+def render_columns(
+    backbone: Backbone, looks: Sequence[Look], negative: str, seeds: Sequence[int], settings: Settings
+) -> Generator[Step, None, list[list[Drawn]]]:
+    """Draw the same seeds by several adapters: for each, its pictures.
+
+    The U-Net runs once for all of them, each row of its batch with its own adapter. Where memory does not suffice for
+    that, or prompts differ in how many pieces they are read in, one adapter is drawn after the other. Yields and raises
+    as `render`.
+    """
+    if len(looks) > 1:
+        try:
+            states = []
+            for look in looks:
+                with backbone.prepared({}, look.lora):
+                    states.append(_states(backbone, look.prompt, negative, settings))
+            if len({one.shape for one in states}) == 1:
+                rows = torch.stack(states, dim=1).repeat_interleave(len(seeds), dim=1).flatten(0, 1)
+                with backbone.adapted_rows([look.lora for look in looks], len(seeds)):
+                    drawn = yield from _batch(backbone, rows, [*seeds] * len(looks), settings)
+                return [drawn[k : k + len(seeds)] for k in range(0, len(drawn), len(seeds))]
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+        memory.tidy()
+    made = []
+    for look in looks:
+        with backbone.prepared({}, look.lora):
+            made.append((yield from render(backbone, look.prompt, negative, seeds, settings)))
+    return made
+
+
+@torch.no_grad()
+def _states(backbone: Backbone, prompt: str, negative: str, settings: Settings) -> Tensor:
+    """Text states of the negative prompt and the prompt, (2, tokens, width); without guidance of the latter alone."""
+    return backbone.encode([prompt] if settings.guidance == 1.0 else [negative, prompt])
+
+
 def _batch(
-    backbone: Backbone, prompt: str, negative: str, seeds: Sequence[int], settings: Settings
-) -> Generator[int, None, list[Drawn]]:
+    backbone: Backbone, states: Tensor, seeds: Sequence[int], settings: Settings
+) -> Generator[Step, None, list[Drawn]]:
+    """Pictures of seeds; `states` (k, …) of each prompt for all of them, or (k · seeds, …)."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     sampler = scheduler(backbone, settings)
     noisy = "generator" in signature(sampler.step).parameters  # samplers that add noise draw it from the seed
     # Of one picture the generator itself: some samplers take no list.
     extra = {"generator": generators if len(generators) > 1 else generators[0]} if noisy else {}
-    prompts = [prompt] if settings.guidance == 1.0 else [negative, prompt]
+    prompts = 1 if settings.guidance == 1.0 else 2
+    if len(states) == prompts:
+        states = states.repeat_interleave(len(seeds), dim=0)
     with torch.no_grad():
-        states = backbone.encode(prompts).repeat_interleave(len(seeds), dim=0)
         latents = initial_latents(backbone, generators, settings.size) * sampler.init_noise_sigma
     for done, time in enumerate(sampler.timesteps, start=1):
         with torch.no_grad():
             model_input = sampler.scale_model_input(latents, time)
             noise = guided(backbone, model_input, time, states, settings.guidance)
             latents = sampler.step(noise, time, latents, **extra).prev_sample
-        yield done
+            clean = _clean(sampler, model_input, noise, time)
+        yield Step(done, clean)
     return decode(backbone, latents)
+
+
+def _clean(sampler: SchedulerMixin, noisy: Tensor, predicted: Tensor, time: Tensor) -> Tensor:
+    """x_0 from x_t and the model's prediction, which is of ε (arXiv 2010.02502, eq. 9) or of v (2202.00512, App. D)."""
+    kept = sampler.alphas_cumprod[int(time)].to(noisy)
+    signal, noise = kept.sqrt(), (1 - kept).sqrt()
+    if sampler.config.prediction_type == "v_prediction":
+        return signal * noisy - noise * predicted
+    return (noisy - noise * predicted) / signal
 
 
 @torch.no_grad()
@@ -144,4 +211,5 @@ def decode(backbone: Backbone, latents: Tensor) -> list[Drawn]:
     pixels, found = backbone.pipeline.run_safety_checker(pixels, backbone.device, backbone.dtype)
     pictures = backbone.pipeline.image_processor.postprocess(pixels, output_type="pil")
     flags = found or [False] * len(pictures)
-    return [Drawn(picture, bool(flag)) for picture, flag in zip(pictures, flags, strict=True)]
+    rows = zip(pictures, latents, flags, strict=True)
+    return [Drawn(picture, own, bool(flag)) for picture, own, flag in rows]

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from iteris_sd import backbone as backbones
+from iteris_sd import merger
 from iteris_sd.backbone import Backbone
 from tests import toybook
 
@@ -31,8 +32,10 @@ def toy_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(toy_assets: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The toy assets in place of the shipped ones, for whoever asks by name."""
     toybook.install(toy_assets, monkeypatch)
+    merger.forget()
     yield toy_assets
     backbones.forget()
+    merger.forget()
 
 
 @pytest.fixture

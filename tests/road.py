@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from iteris_sd import adding, checkpoints, composer, export, formats, sd15
+from iteris_sd import adding, checkpoints, composer, export, formats, merger, sd15
 from iteris_sd.calibration import finish
-from iteris_sd.composer import Composition
 from iteris_sd.concepts import Library
+from iteris_sd.events import Composition
 from iteris_sd.recipe import Recipe
 
 
@@ -50,10 +50,10 @@ def walk(folder: Path, files: list[str]) -> dict[str, Any]:
     base = checkpoints.opened(str(folder / "model")).name
     asked = recipe(base, files, "iteris")
     library = finish(adding.opening(Library.shipped(), files))
-    picked, merged = finish(composer.merge_all(asked, library))
+    picked, merged = finish(merger.merge_all(asked, library))
     made = merged["iteris"]
     path = folder / "merged.safetensors"
-    tokens = composer.all_tokens(picked)
+    tokens = merger.all_tokens(picked)
     metadata = export.lora_metadata(asked, picked, made)
     export.write_lora(made.lora, tokens, path, metadata, export.Form("kohya"))
     again = formats.read(path)

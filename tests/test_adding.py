@@ -162,7 +162,7 @@ def test_a_concept_is_as_strong_as_it_was_kept_unless_told(toy: Path, kept: Kept
     out = tmp_path / "out"
     terminal("compose", "my-cat", "dog", *few, "--output", str(out))
     told = json.loads((out / "recipe.json").read_text())
-    assert told["concepts"] == [{"name": "my-cat", "weight": 0.5}, {"name": "dog", "weight": 1.0}]
+    assert [(one["name"], one["weight"]) for one in told["concepts"]] == [("my-cat", 0.5), ("dog", 1.0)]
     terminal("compose", "my-cat", "dog", *few, "--weights", "1,2", "--output", str(out))
     told = json.loads((out / "recipe.json").read_text())
     assert [one["weight"] for one in told["concepts"]] == [1.0, 2.0]

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from iteris_sd import bases, calibration, composer, samples, scoring
+from iteris_sd import bases, calibration, columns, composer, merger, samples, scoring
 from iteris_sd.backbone import Backbone
 from iteris_sd.calibration import Merged
-from iteris_sd.composer import Composition, MergeDone, Picture, Progress
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
+from iteris_sd.events import Composition, MergeDone, Picture, Progress
 from iteris_sd.recipe import Recipe
 from tests import toybook
 
@@ -49,6 +49,7 @@ def test_stopping_anywhere_leaves_no_trace(backbone: Backbone) -> None:
     events = len(list(composer.compose(RECIPE, Library.shipped())))
     assert toybook.trace(backbone) == before
     for stop in (1, 4, events // 2, events - 2):
+        merger.forget()  # so that every time there is as much to do
         work = composer.compose(RECIPE, Library.shipped())
         for _ in range(stop):
             next(work)
@@ -62,7 +63,8 @@ def changed(methods: list[dict], **calibration: int) -> Recipe:
 
 
 def merged(recipe: Recipe) -> dict[str, Merged]:
-    return calibration.finish(composer.merge_all(recipe, Library.shipped()))[1]
+    merger.forget()
+    return calibration.finish(merger.merge_all(recipe, Library.shipped()))[1]
 
 
 def test_what_sees_nothing_but_text_is_merged_without_pictures(
@@ -136,30 +138,28 @@ def asked(**changes: object) -> Recipe:
 
 def test_weights_of_words_reach_the_models_and_not_the_scorer(toy: Path) -> None:
     recipe = asked(prompt="a ({0}:1.3) next to a {1}, (smile)")
-    picked = composer.pick(recipe, Library.shipped())
-    assert (
-        composer.prompt_with_triggers(recipe, picked) == "a (<rex> dog:1.3) next to a <lucky> barn, (smile)"
-    )
-    assert composer.prompt_for_base(recipe, picked) == "a (dog:1.3) next to a barn, (smile)"
-    assert composer.prompt_in_plain_words(recipe, picked) == "a dog next to a barn, smile"
+    picked = merger.pick(recipe, Library.shipped())
+    assert columns.prompt_with_triggers(recipe, picked) == "a (<rex> dog:1.3) next to a <lucky> barn, (smile)"
+    assert columns.prompt_for_base(recipe, picked) == "a (dog:1.3) next to a barn, (smile)"
+    assert columns.prompt_in_plain_words(recipe, picked) == "a dog next to a barn, smile"
 
 
 def test_brackets_of_a_trigger_are_part_of_it(toy: Path) -> None:
     dog = replace(Library.shipped().find("dog"), trigger="rex (dog)")
     recipe = asked(concepts=[{"name": "dog"}], prompt="a {0} on the beach")
-    picked = composer.pick(recipe, Library({"dog": dog}))
-    assert composer.prompt_with_triggers(recipe, picked) == r"a rex \(dog\) on the beach"
-    assert composer.prompt_for_base(recipe, picked) == "a dog on the beach"
-    assert composer.prompt_in_plain_words(recipe, picked) == "a dog on the beach"
+    picked = merger.pick(recipe, Library({"dog": dog}))
+    assert columns.prompt_with_triggers(recipe, picked) == r"a rex \(dog\) on the beach"
+    assert columns.prompt_for_base(recipe, picked) == "a dog on the beach"
+    assert columns.prompt_in_plain_words(recipe, picked) == "a dog on the beach"
 
 
 def test_lcm_needs_a_lora_that_was_made_for_it(toy: Path) -> None:
     recipe = asked(sampler="lcm", concepts=[{"name": "dog"}], prompt="a {0}")
     with pytest.raises(UserError, match="needs an LCM-LoRA among the concepts, found none"):
-        composer.pick(recipe, Library.shipped())
+        merger.pick(recipe, Library.shipped())
     distilled = replace(Library.shipped().find("dog"), source="latent-consistency/lcm-lora-sdv1-5")
-    assert composer.pick(recipe, Library({"dog": distilled}))[0].distils
-    assert not replace(composer.pick(asked(), Library.shipped())[0]).distils
+    assert merger.pick(recipe, Library({"dog": distilled}))[0].distils
+    assert not replace(merger.pick(asked(), Library.shipped())[0]).distils
 
 
 def test_a_blanked_picture_is_flagged_and_not_scored(
@@ -256,13 +256,14 @@ def test_where_memory_runs_out_samples_are_taken_in_smaller_batches(
 
 
 def gathered(backbone: Backbone) -> list[samples.Inputs]:
-    picked = composer.pick(RECIPE, Library.shipped())
-    with backbone.prepared(composer.all_tokens(picked)):
-        return calibration.finish(composer.collect(backbone, RECIPE, picked, {"unet.conv_in"}))
+    merger.forget()
+    picked = merger.pick(RECIPE, Library.shipped())
+    with backbone.prepared(merger.all_tokens(picked)):
+        return calibration.finish(merger.collect(backbone, RECIPE, picked, {"unet.conv_in"}))
 
 
 def test_a_trigger_of_several_vectors_is_found_among_its_words(backbone: Backbone) -> None:
-    (dog,) = composer.pick(asked(concepts=[{"name": "dog"}], prompt="a {0}"), Library.shipped())
+    (dog,) = merger.pick(asked(concepts=[{"name": "dog"}], prompt="a {0}"), Library.shipped())
     several = replace(dog, tokens={"<rex>": torch.randn(3, toybook.WIDTH)})
     with backbone.prepared(several.tokens):
         found = samples.of_words(backbone, [several], set(backbone.layers))
@@ -272,7 +273,7 @@ def test_a_trigger_of_several_vectors_is_found_among_its_words(backbone: Backbon
 def test_brackets_of_a_trigger_are_no_weights_in_samples(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (dog,) = composer.pick(asked(concepts=[{"name": "dog"}], prompt="a {0}"), Library.shipped())
+    (dog,) = merger.pick(asked(concepts=[{"name": "dog"}], prompt="a {0}"), Library.shipped())
     named = replace(dog, concept=replace(dog.concept, trigger="(dog:1.3)"))
     asked_for: list[str] = []
     monkeypatch.setattr(backbone, "encode", lambda prompts: asked_for.extend(prompts))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from iteris_sd import adding, bases, composer, concepts, limits
+from iteris_sd import adding, bases, columns, concepts, limits
 from iteris_sd.calibration import finish
 from iteris_sd.concepts import Concept, Library, Loaded, check_together
 from iteris_sd.errors import UserError
@@ -185,7 +185,7 @@ def plain(prompt: str, *named: tuple[str, str, str]) -> str:
         for k, (trigger, noun, token) in enumerate(named)
     ]
     recipe = Recipe.of({"concepts": [{"name": str(k)} for k in range(len(named))], "prompt": prompt})
-    return composer.prompt_in_plain_words(recipe, picked)
+    return columns.prompt_in_plain_words(recipe, picked)
 
 
 REX, BARN = ("<rex> dog", "dog", "<rex>"), ("<lucky> barn", "barn", "<lucky>")

@@ -62,9 +62,12 @@ def test_places_are_filled_in_any_order() -> None:
         ({"methods": []}, "Choose between 1 and 8 methods, not 0."),
         (
             {"methods": [{"name": "ties?"}]},
-            f"There is no method 'ties?'; choose from base, {', '.join(METHODS)}.",
+            f"There is no method 'ties?'; choose from base, alone, {', '.join(METHODS)}.",
         ),
-        ({"methods": [{"name": "base", "parameters": {"a": 1}}]}, "The base model has no parameters."),
+        (
+            {"methods": [{"name": "base", "parameters": {"a": 1}}]},
+            "The reference column base has no parameters.",
+        ),
         (
             {"methods": [{"name": "iteris", "parameters": {"alpha": -1}}]},
             "alpha must lie between 0 and 1, not -1.",

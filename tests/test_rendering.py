@@ -10,6 +10,7 @@ from iteris_sd import backbone as backbones
 from iteris_sd import rendering
 from iteris_sd.backbone import Backbone
 from iteris_sd.calibration import finish
+from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.rendering import SAMPLERS, Settings
 from tests import toybook
@@ -75,7 +76,7 @@ def test_it_can_be_stopped_after_every_step(backbone: Backbone) -> None:
     calls: list[int] = []
     handle = backbone.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     work = rendering.render(backbone, PROMPT, "", [0], Settings(steps=4))
-    assert [next(work), next(work)] == [1, 2]
+    assert [next(work).done, next(work).done] == [1, 2]
     work.close()
     handle.remove()
     assert len(calls) == 2
@@ -137,3 +138,69 @@ def test_a_picture_that_the_safety_checker_blanks_is_flagged(
     fine, blanked = finish(rendering.render(backbone, PROMPT, "", [1, 2], Settings(steps=1)))
     assert not fine.flagged and blanked.flagged
     assert np.asarray(blanked.image).std() == 0 < np.asarray(fine.image).std()
+
+
+@pytest.mark.parametrize("sampler", [name for name in rendering.SAMPLERS if name != "lcm"])
+def test_each_step_tells_what_the_finished_latents_are_taken_to_be(backbone: Backbone, sampler: str) -> None:
+    """For DDIM that is the x_0 of its own scheduler; of every sampler's last step it is nearly what is decoded."""
+    steps: list[rendering.Step] = []
+    work = rendering.render(backbone, PROMPT, "", [3], Settings(sampler, 12))
+    while True:
+        try:
+            steps.append(next(work))
+        except StopIteration as stop:
+            (drawn,) = stop.value
+            break
+    assert [step.done for step in steps] == list(range(1, 13))
+    apart = [float((step.clean[0] - drawn.latents).norm() / drawn.latents.norm()) for step in steps]
+    assert apart[-1] < 0.2 and apart[-1] < apart[0]
+
+
+def looks(backbone: Backbone) -> list[rendering.Look]:
+    """The base model and two concepts, whose LoRAs touch the text encoder and the U-Net."""
+    loras = [Library.shipped().find(name).load().lora for name in ("dog", "barn")]
+    return [rendering.Look("a dog next to a barn", None), *(rendering.Look(PROMPT, lora) for lora in loras)]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("sampler", ["ddim", "euler a"])
+def test_several_adapters_in_one_batch_draw_what_each_draws_alone(
+    backbone: Backbone, sampler: str, guidance: float
+) -> None:
+    settings, passes = Settings(sampler, 3, guidance), []
+    handle = backbone.unet.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    several = finish(rendering.render_columns(backbone, looks(backbone), "a cat", [5, 6], settings))
+    handle.remove()
+    assert passes == [6 if guidance == 1.0 else 12] * 3
+    for look, drawn_together in zip(looks(backbone), several, strict=True):
+        with backbone.prepared({}, look.lora):
+            alone = finish(rendering.render(backbone, look.prompt, "a cat", [5, 6], settings))
+        for one, other in zip(drawn_together, alone, strict=True):
+            assert apart(one.image, other.image) <= 1
+    assert apart(several[1][0].image, several[2][0].image) > 1  # the adapters do make a difference
+
+
+def test_where_memory_does_not_suffice_for_several_adapters_one_is_drawn_after_the_other(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = finish(rendering.render_columns(backbone, looks(backbone), "", [5], Settings(steps=2)))
+    forward = backbone.unet.forward
+
+    def scarce(latents: torch.Tensor, *rest: object, **more: object) -> object:
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(latents, *rest, **more)
+
+    before = toybook.trace(backbone)
+    monkeypatch.setattr(backbone.unet, "forward", scarce)
+    made = finish(rendering.render_columns(backbone, looks(backbone), "", [5], Settings(steps=2)))
+    monkeypatch.undo()
+    assert [len(column) for column in made] == [1, 1, 1]
+    assert all(apart(one[0].image, two[0].image) <= 1 for one, two in zip(made, wanted, strict=True))
+    assert toybook.trace(backbone) == before
+
+
+def test_prompts_read_in_more_pieces_than_others_are_drawn_apart(backbone: Backbone) -> None:
+    long = rendering.Look(" ".join(["a dog"] * 60), looks(backbone)[1].lora)
+    made = finish(rendering.render_columns(backbone, [looks(backbone)[0], long], "", [5], Settings(steps=1)))
+    assert [len(column) for column in made] == [1, 1]

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from iteris_sd import limits
 from iteris_sd.errors import UserError
 
+_HUGE = 1e300  # whole numbers beyond what a float holds are no numbers here, and neither are infinities
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -59,7 +61,7 @@ class Parameter:
 
     def _number(self, value: Any) -> float | int:
         kind = "a whole number" if self.type == "int" else "a number"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_HUGE < value < _HUGE:
             raise UserError(f"{self.name} must be {kind}, not {value!r}.")
         if self.type == "int" and value != int(value):
             raise UserError(f"{self.name} must be {kind}, not {value!r}.")

@@ -1,0 +1,119 @@
+"""What happens on the road from a recipe to pictures, as values; all that a page or a terminal sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from PIL import Image
+
+from iteris_sd.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iteris_sd.calibration import Merged
+    from iteris_sd.concepts import Loaded
+    from iteris_sd.scoring import Score
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """What pictures look like while they are drawn, by column and seed; `scene` as `Picture` has it."""
+
+    scene: str
+    pictures: Mapping[tuple[str, int], Image.Image]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is being done, in words, and how far it is: `done` of `total`; while drawing, now and then a preview."""
+
+    stage: str
+    done: int
+    total: int
+    preview: Preview | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MergeDone:
+    """A method's merged LoRA is ready; `remembered`: it was made before, of the same files by the same numbers."""
+
+    method: str
+    merged: Merged
+    seconds: float
+    remembered: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One finished picture, its scores, and the prompt it was drawn from.
+
+    `method`: the column of the recipe. `flagged`: the safety checker blanked it. `scene`: the one concept that it is
+    of, where it shows what was retained of it; empty for a picture of the composition.
+    """
+
+    method: str
+    seed: int
+    image: Image.Image
+    prompt: str
+    score: Score
+    flagged: bool = False
+    scene: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """Everything a recipe led to; the last event.
+
+    `retained`: each concept alone, by its own LoRA and by each merged adapter. `seconds` by stage.
+    """
+
+    recipe: Recipe
+    concepts: tuple[Loaded, ...]
+    merged: Mapping[str, Merged]
+    pictures: tuple[Picture, ...]
+    scorer: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    retained: tuple[Picture, ...] = ()
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """The learned tokens of all concepts."""
+        return {token: vectors for one in self.concepts for token, vectors in one.tokens.items()}
+
+    def picture(self, method: str, seed: int) -> Picture | None:
+        """The picture of one method and seed, if it was drawn."""
+        return next((p for p in self.pictures if (p.method, p.seed) == (method, seed)), None)
+
+
+Event = Progress | MergeDone | Picture | Composition
+
+
+def downloading(work: Generator[tuple[int, int], None, T], what: str) -> Generator[Progress, None, T]:
+    """Pass on the bytes of a download as progress in kilobytes, its size in words, and return its result."""
+    from iteris_sd import hub
+
+    def told(bytes: tuple[int, int]) -> Progress:
+        done, total = bytes
+        stage = f"Downloading {what}, once: {hub.readable(total)}"
+        return Progress(stage, done // 1000, max(1, total // 1000))
+
+    return relayed(work, told)
+
+
+def relayed(work: Generator[S, None, T], told: Callable[[S], Progress]) -> Generator[Progress, None, T]:
+    """Pass on the steps of an inner generator, each `told` as progress, and return its result."""
+    with closing(work):
+        while True:
+            try:
+                step = next(work)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            yield told(step)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from iteris_sd import limits, serving, weights
-from iteris_sd.composer import Composition
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
+from iteris_sd.events import Composition
 from iteris_sd.recipe import Recipe
 from iteris_sd.ui import space
 

@@ -9,16 +9,20 @@ from typing import Any, TypeVar
 from iteris_sd import limits
 from iteris_sd.errors import UserError
 from iteris_sd.merging.registry import METHODS, Parameter
-from iteris_sd.recipe import BASE_COLUMN, Recipe
+from iteris_sd.recipe import ALONE_COLUMN, BASE_COLUMN, REFERENCES, Recipe, title
 
 N = TypeVar("N", int, float)
 
 METHOD_CHOICES: dict[str, tuple[str, str]] = {
-    BASE_COLUMN: ("Base model", "No LoRA at all: what the model draws of its own, for reference."),
+    BASE_COLUMN: (title(BASE_COLUMN), "No LoRA at all: what the model draws of its own, for reference."),
+    ALONE_COLUMN: (
+        title(ALONE_COLUMN),
+        "Each concept's own LoRA and nobody else's, a column for each: what a merge should keep.",
+    ),
     **{method.name: (method.title, method.description) for method in METHODS.values()},
 }
 METHOD_GROUPS: dict[str, tuple[str, ...]] = {
-    "Reference": (BASE_COLUMN,),
+    "Reference": REFERENCES,
     "Look at what the layers see": tuple(reversed([m.name for m in METHODS.values() if m.needs != "none"])),
     "From the weights alone": tuple(m.name for m in METHODS.values() if m.needs == "none"),
 }
@@ -28,7 +32,7 @@ DEFAULT_METHODS = (BASE_COLUMN, "linear", "iteris")
 def recipe(
     *,
     base: str,
-    concepts: Sequence[str],
+    concepts: Sequence[str | Mapping[str, Any]],
     prompt: str,
     negative: str,
     methods: Sequence[str],
@@ -39,26 +43,24 @@ def recipe(
     samples: int,
     size: int | None = None,
     clip_skip: int = 1,
-    weights: Sequence[float] = (),
+    unconditional: int = 0,
+    strength: float = 1.0,
+    retention: int = 0,
     parameters: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Recipe:
-    """A checked recipe; `weights` follow `concepts`, `parameters` are {method: {name: value}}. Raises UserError."""
+    """A checked recipe; `concepts` are names, or what `ConceptUse` has, and `parameters` {method: {name: value}}.
+
+    Raises UserError.
+    """
     if not concepts:
         raise UserError("No concept is picked; pick at least one.")
     if not methods:
         raise UserError("No method is ticked; tick at least one.")
-    if len(weights) not in (0, len(concepts)):
-        raise UserError(
-            f"There are {len(weights)} weights for {len(concepts)} concepts; give one per concept, or none."
-        )
     chosen = parameters or {}
     return Recipe.of(
         {
             "base": base,
-            "concepts": [
-                {"name": name, "weight": weight}
-                for name, weight in zip(concepts, weights or [1.0] * len(concepts), strict=True)
-            ],
+            "concepts": [{"name": one} if isinstance(one, str) else dict(one) for one in concepts],
             "prompt": prompt,
             "negative": negative,
             "methods": [{"name": name, "parameters": dict(chosen.get(name, {}))} for name in methods],
@@ -68,7 +70,9 @@ def recipe(
             "sampler": sampler,
             "size": size,
             "clip_skip": clip_skip,
-            "calibration": {"samples": samples},
+            "strength": strength,
+            "retention": retention,
+            "calibration": {"samples": samples, "unconditional": unconditional},
         }
     )
 

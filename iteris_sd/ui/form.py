@@ -1,7 +1,8 @@
-"""The widgets that say what is asked, and the recipe that is made of what stands in them."""
+"""The widgets that say what is asked, the recipe that is made of what stands in them, and how a recipe fills them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,10 +13,13 @@ import gradio as gr
 from iteris_sd import bases, limits, presets, weights
 from iteris_sd.bases import Base
 from iteris_sd.concepts import Library
+from iteris_sd.errors import UserError
 from iteris_sd.merging.registry import METHODS, Parameter
+from iteris_sd.prompting import escaped
 from iteris_sd.recipe import Recipe, Sampler, fill
-from iteris_sd.ui import asking
-from iteris_sd.ui.picker import picker
+from iteris_sd.ui import asking, jobs
+from iteris_sd.ui import picker as pickers
+from iteris_sd.ui.picker import Use
 
 FIRST_PICKED = ("dog", "barn")
 Update = dict[Any, Any]
@@ -27,6 +31,7 @@ SAMPLERS: Mapping[str, str] = {
     "unipc": "UniPC",
     "lcm": "LCM (needs an LCM-LoRA)",
 }
+_LORA_SYNTAX = re.compile(r"<lora:[^>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Words:
     """What the picture is of."""
 
     picked: gr.HTML
-    preset: gr.Dropdown
+    sets: gr.Dataset
     prompt: gr.Textbox
     read: gr.HTML
     examples: gr.Dataset
@@ -42,17 +47,21 @@ class Words:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which methods."""
+    """Which methods. `dials`: (method, parameter) -> widget, in a group for each method."""
 
     groups: Sequence[gr.CheckboxGroup]
     told: gr.HTML
+    dials: Mapping[tuple[str, str], gr.components.Component]
+    dial_groups: Mapping[str, gr.Accordion]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn."""
+    """How pictures are drawn. `settings`: buttons that set several of these at once."""
 
+    settings: Mapping[str, gr.Button]
     seeds: gr.Textbox
+    dice: gr.Button
     sampler: gr.Dropdown
     steps: gr.Slider
     guidance: gr.Slider
@@ -60,16 +69,13 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Advanced:
-    """What most people leave alone. `dials`: (method, parameter) -> widget, in a group for each method."""
+    """What most people leave alone."""
 
-    settings: Mapping[str, gr.Button]
     negative: gr.Textbox
     size: gr.Textbox
     clip_skip: gr.Slider
     samples: gr.Slider
-    weights: Sequence[gr.Slider]
-    dials: Mapping[tuple[str, str], gr.components.Component]
-    groups: Mapping[str, gr.Group]
+    unconditional: gr.Slider
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,18 @@ class Form:
     advanced: Advanced
 
     @property
-    def asked(self) -> set[Any]:
+    def asked(self) -> list[Any]:
         """All widgets that a recipe is made of."""
         words, drawing, advanced = self.words, self.drawing, self.advanced
-        return {
+        return [
             self.base,
             words.picked,
             words.prompt,
             *self.columns.groups,
             *(drawing.seeds, drawing.sampler, drawing.steps, drawing.guidance),
-            *(advanced.negative, advanced.size, advanced.clip_skip, advanced.samples),
-            *advanced.weights,
-            *advanced.dials.values(),
-        }
+            *(advanced.negative, advanced.size, advanced.clip_skip, advanced.samples, advanced.unconditional),
+            *self.columns.dials.values(),
+        ]
 
 
 def title(text: str, info: str) -> None:
@@ -120,8 +125,9 @@ def base_model(base: Base) -> tuple[gr.Dropdown, gr.HTML]:
 
 
 def told_of_base(base: Base) -> str:
-    """What a base model is, whether it must be downloaded, and whether its pictures are checked."""
-    told = [base.description]
+    """What a base model is, where it runs, whether it must be downloaded, and whether its pictures are checked."""
+    device = jobs.device()
+    told = [base.description, f"Runs on {escape(device)}." if device else "Loading what draws and merges …"]
     if base.download and weights.located(base) is None:
         told.append(
             f"<b>Not on this machine yet: Compose downloads it once, about {escape(base.download)}.</b>"
@@ -135,10 +141,17 @@ def told_of_base(base: Base) -> str:
 def words(library: Library, base: Base) -> Words:
     """Concepts, prompt and examples."""
     first = first_picked(library, base)
-    prompts = presets.prompts_for(first)
+    prompts = presets.prompts_for([use.name for use in first])
     title("Concepts", f"Pick up to {limits.MAX_CONCEPTS}. The number on a card is its place in the prompt.")
-    picked = picker(library.of_base(base.family), first)
-    preset = gr.Dropdown(preset_choices(library, base), value=None, label="Or take a ready-made set")
+    picked = pickers.picker(library.of_base(base.family), first)
+    sets = gr.Dataset(
+        components=[gr.Textbox(visible=False)],
+        samples=set_samples(library, base),
+        label="Or take a ready-made set",
+        samples_per_page=6,
+        elem_id="sets",
+        elem_classes="chips-list",
+    )
     prompt = gr.Textbox(
         prompts[0] if prompts else "",
         label="Prompt",
@@ -155,30 +168,40 @@ def words(library: Library, base: Base) -> Words:
         label="Examples",
         samples_per_page=4,
         elem_id="examples",
+        elem_classes="chips-list",
     )
-    return Words(picked, preset, prompt, read, examples)
+    return Words(picked, sets, prompt, read, examples)
 
 
-def first_picked(library: Library, base: Base) -> list[str]:
+def first_picked(library: Library, base: Base) -> list[Use]:
     """What is picked to begin with, as far as there is something to pick."""
-    there = [concept.name for concept in library.of_base(base.family)]
-    return [name for name in FIRST_PICKED if name in there]
-
-
-def preset_choices(library: Library, base: Base) -> list[tuple[str, str]]:
-    """The presets of particular concepts, each with what of it the library lacks for this base model."""
     there = {concept.name for concept in library.of_base(base.family)}
-    choices = []
+    return pickers.of_names([name for name in FIRST_PICKED if name in there], library)
+
+
+def set_samples(library: Library, base: Base) -> list[list[str]]:
+    """The presets of particular concepts, those first that this library has all concepts of for this base model."""
+    there = {concept.name for concept in library.of_base(base.family)}
+    whole, lacking = [], []
     for preset in presets.presets().values():
-        lacking = [name for name in preset.concepts if name not in there]
-        told = f" (lacks {', '.join(lacking)})" if lacking else ""
-        if not preset.general:
-            choices.append((preset.title + told, preset.name))
-    return choices
+        missing = [name for name in preset.concepts if name not in there]
+        if preset.general:
+            continue
+        if missing:
+            lacking.append([f"{preset.title} (lacks {', '.join(missing)})"])
+        else:
+            whole.append([preset.title])
+    return [*whole, *lacking]
+
+
+def set_named(sample: str) -> presets.Preset | None:
+    """The preset that one of `set_samples` stands for."""
+    called = sample.partition(" (lacks ")[0]
+    return next((preset for preset in presets.presets().values() if preset.title == called), None)
 
 
 def columns() -> Columns:
-    """The methods, in groups, and a sentence for each that is ticked."""
+    """The methods, in groups, a sentence for each that is ticked, and its parameters."""
     with gr.Column(elem_id="methods"):
         title("Methods", "Each is a column of the grid.")
         groups = [
@@ -189,35 +212,45 @@ def columns() -> Columns:
             )
             for group, names in asking.METHOD_GROUPS.items()
         ]
-        return Columns(groups, markup(told_of_methods(asking.DEFAULT_METHODS), elem_id="told"))
+        told = markup(told_of_methods(asking.DEFAULT_METHODS), elem_id="told")
+        dial_groups, dials = _dials(asking.DEFAULT_METHODS)
+    return Columns(groups, told, dials, dial_groups)
 
 
 def drawing(base: Base) -> Drawing:
     """Seeds, sampler, steps, guidance."""
-    with gr.Row():
+    with gr.Row(elem_id="settings"):
+        settings = {
+            name: gr.Button(f"{chosen.title} settings", size="sm", min_width=110)
+            for name, chosen in presets.settings().items()
+        }
+    with gr.Row(elem_id="seeds-row"):
         seeds = gr.Textbox(
-            "0, 1, 2, 3", label="Seeds", info="Each is a row of the grid.", elem_id="seeds", min_width=150
+            "0, 1, 2, 3",
+            label="Seeds",
+            info="Each is a row of the grid.",
+            elem_id="seeds",
+            min_width=150,
+            scale=3,
         )
+        dice = gr.Button("Roll dice", size="sm", min_width=90, scale=1, elem_id="dice")
         sampler = gr.Dropdown(
             [(SAMPLERS[name], name) for name in get_args(Sampler)],
             value=base.sampler,
             label="Sampler",
             info="How the noise is removed.",
             min_width=150,
+            scale=3,
         )
     with gr.Row():
         steps = gr.Slider(1, limits.MAX_STEPS, base.steps, step=1, label="Steps", min_width=150)
         guidance = gr.Slider(1, limits.MAX_GUIDANCE, base.guidance, step=0.5, label="Guidance", min_width=150)
-    return Drawing(seeds, sampler, steps, guidance)
+    return Drawing(settings, seeds, dice, sampler, steps, guidance)
 
 
-def advanced(first: Sequence[str]) -> Advanced:
+def advanced() -> Advanced:
     """The rest, folded away."""
     with gr.Accordion("Advanced", open=False):
-        settings = {
-            name: gr.Button(f"{chosen.title} settings", size="sm")
-            for name, chosen in presets.settings().items()
-        }
         negative = gr.Textbox(label="Negative prompt", max_length=limits.MAX_PROMPT_CHARS)
         with gr.Row():
             size = gr.Textbox(
@@ -244,29 +277,27 @@ def advanced(first: Sequence[str]) -> Advanced:
             label="Calibration samples per concept",
             info="What the methods that look at layers' inputs see; fewer is faster and rougher.",
         )
-        strengths = [
-            gr.Slider(
-                0.1,
-                limits.MAX_WEIGHT,
-                1.0,
-                step=0.1,
-                label=weight_label(first, k),
-                visible=k < len(first),
-            )
-            for k in range(limits.MAX_CONCEPTS)
-        ]
-        groups, dials = _dials(asking.DEFAULT_METHODS)
-    return Advanced(settings, negative, size, clip_skip, samples, strengths, dials, groups)
+        unconditional = gr.Slider(
+            0,
+            limits.MAX_SAMPLES,
+            0,
+            step=1,
+            label="Samples without a prompt",
+            info="As many more with empty words, which guidance also runs the merged adapter on.",
+        )
+    return Advanced(negative, size, clip_skip, samples, unconditional)
 
 
-def _dials(ticked: Sequence[str]) -> tuple[dict[str, gr.Group], dict[tuple[str, str], Any]]:
+def _dials(ticked: Sequence[str]) -> tuple[dict[str, gr.Accordion], dict[tuple[str, str], Any]]:
     """The parameters of each method, as the registry describes them."""
-    groups: dict[str, gr.Group] = {}
+    groups: dict[str, gr.Accordion] = {}
     dials: dict[tuple[str, str], Any] = {}
     for method in METHODS.values():
         if not method.parameters:
             continue
-        with gr.Group(visible=method.name in ticked) as groups[method.name]:
+        with gr.Accordion(f"{method.title}: parameters", open=False, visible=method.name in ticked) as groups[
+            method.name
+        ]:
             for dial in method.parameters:
                 dials[method.name, dial.name] = _dial(method.title, dial)
     return groups, dials
@@ -300,42 +331,43 @@ def told_of_methods(names: Sequence[str]) -> str:
     return f"<dl>{''.join(lines)}</dl>"
 
 
-def weight_label(names: Sequence[str], k: int) -> str:
-    """What the k-th weight is called."""
-    return f"Weight of {names[k]}" if k < len(names) else "Weight"
-
-
-def read_as(prompt: str, names: Sequence[str], library: Library) -> str:
-    """The prompt as the model reads it, and a word when a concept is left out of it."""
-    triggers = [library.concepts[name].trigger for name in names]
+def read_as(prompt: str, uses: Sequence[Use], library: Library) -> str:
+    """The prompt as the model reads it, and a word on what will not come out as meant."""
+    concepts = [library.concepts[use.name] for use in uses]
+    said = [c.trigger if use.on else c.class_noun for c, use in zip(concepts, uses, strict=True)]
     try:
-        text = fill(prompt or "", triggers)
+        text = fill(prompt or "", said)
     except IndexError:
-        return f"<p>The prompt has more places than concepts are picked ({len(names)}).</p>"
-    left_out = [name for name, t in zip(names, triggers, strict=True) if t.lower() not in text.lower()]
-    note = f" <b>Not in the prompt: {escape(', '.join(left_out))}.</b>" if left_out and text.strip() else ""
-    return f"<p>Reads: {escape(text)}{note}</p>" if text.strip() else "<p></p>"
-
-
-def names_of(picked: Any, library: Library) -> list[str]:
-    """The picked names that there are; what comes from a browser may be anything."""
-    return [name for name in picked or [] if isinstance(name, str) and name in library.concepts]
+        return f"<p>The prompt has more places than concepts are picked ({len(uses)}).</p>"
+    notes = []
+    triggers = [c.trigger.lower() for c, use in zip(concepts, uses, strict=True) if use.on]
+    left_out = [c.title for c, use in zip(concepts, uses, strict=True) if use.on]
+    left_out = [name for name, t in zip(left_out, triggers, strict=True) if t not in text.lower()]
+    if left_out and text.strip():
+        notes.append(f"Not in the prompt: {', '.join(left_out)}.")
+    if twice := sorted({trigger for trigger in triggers if triggers.count(trigger) > 1}):
+        notes.append(f"Several concepts have the trigger {', '.join(twice)}: change one under Concepts.")
+    if found := _LORA_SYNTAX.findall(text):
+        notes.append(f"{found[0]} is read as words here: pick the LoRA as a concept instead.")
+    told = "".join(f' <b class="warning">{escape(note)}</b>' for note in notes)
+    return f"<p>Reads: {escape(text)}{told}</p>" if text.strip() else f"<p>{told}</p>"
 
 
 def recipe(values: Update, form: Form, library: Library) -> Recipe:
     """The recipe that the widgets ask for. Raises UserError on the first thing that is wrong."""
     drawing, advanced = form.drawing, form.advanced
-    names = values[form.words.picked] or []
+    uses = pickers.read(values[form.words.picked], library)
+    prompt, used = _without_those_off(values[form.words.prompt] or "", uses, library)
     parameters: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
-    for (method, name), widget in advanced.dials.items():
-        dial = next(p for p in METHODS[method].parameters if p.name == name)
+    for (method, name), widget in form.columns.dials.items():
+        dial = METHODS[method].parameter(name)
         given = asking.parameter(dial, values[widget])
         if given != dial.default:
             parameters[method][name] = given
     return asking.recipe(
         base=str(values[form.base]),
-        concepts=[library.find(str(name)).name for name in names],
-        prompt=values[form.words.prompt] or "",
+        concepts=[pickers.asked(use) for use in used],
+        prompt=prompt,
         negative=values[advanced.negative] or "",
         methods=ticked(values[group] for group in form.columns.groups),
         seeds=asking.seeds(values[drawing.seeds]),
@@ -345,6 +377,80 @@ def recipe(values: Update, form: Form, library: Library) -> Recipe:
         size=asking.size(values[advanced.size]),
         clip_skip=values[advanced.clip_skip],
         samples=values[advanced.samples],
-        weights=[values[slider] for slider in advanced.weights[: len(names)]],
+        unconditional=values[advanced.unconditional],
         parameters=parameters,
     )
+
+
+def _without_those_off(prompt: str, uses: Sequence[Use], library: Library) -> tuple[str, list[Use]]:
+    """The prompt with class nouns for concepts that are switched off, and the others, numbered anew."""
+    on = [use for use in uses if use.on]
+    if uses and not on:
+        raise UserError("All picked concepts are switched off; switch one on.")
+    if len(on) == len(uses):
+        return prompt, on
+    words = [
+        f"{{{on.index(use)}}}" if use.on else escaped(library.concepts[use.name].class_noun) for use in uses
+    ]
+    try:
+        return fill(prompt, words), on
+    except IndexError as error:
+        raise UserError(f"The prompt has more places than concepts are picked ({len(uses)}).") from error
+
+
+def filled(recipe: Recipe, form: Form, library: Library) -> Update:
+    """All widgets as a recipe would have them; concepts that the library lacks are left out."""
+    base, drawing, advanced, words = bases.find(recipe.base), form.drawing, form.advanced, form.words
+    uses = pickers.of_recipe(recipe.concepts, library)
+    names, methods = [use.name for use in uses], [use.name for use in recipe.methods]
+    given = {use.name: use.parameters for use in recipe.methods}
+    group_of = zip(form.columns.groups, asking.METHOD_GROUPS.values(), strict=True)
+    return {
+        form.base: base.name,
+        form.base_told: told_of_base(base),
+        words.picked: gr.HTML(
+            value=[use.plain() for use in uses], choices=pickers.choices(library.of_base(base.family))
+        ),
+        words.prompt: recipe.prompt,
+        words.read: read_as(recipe.prompt, uses, library),
+        words.examples: gr.Dataset(samples=[[text] for text in presets.prompts_for(names)]),
+        **{group: [name for name in named if name in methods] for group, named in group_of},
+        form.columns.told: told_of_methods(methods),
+        **{group: gr.Accordion(visible=name in methods) for name, group in form.columns.dial_groups.items()},
+        **{
+            widget: _shown(METHODS[method].parameter(name), given.get(method, {}))
+            for (method, name), widget in form.columns.dials.items()
+        },
+        drawing.seeds: ", ".join(map(str, recipe.seeds)),
+        drawing.sampler: recipe.sampler,
+        drawing.steps: recipe.steps,
+        drawing.guidance: recipe.guidance,
+        advanced.negative: recipe.negative,
+        advanced.size: "" if recipe.size is None else str(recipe.size),
+        advanced.clip_skip: recipe.clip_skip,
+        advanced.samples: recipe.calibration.samples,
+        advanced.unconditional: recipe.calibration.unconditional,
+    }
+
+
+def _shown(dial: Parameter, given: Mapping[str, Any]) -> Any:
+    """A parameter's value as its widget has it."""
+    value = given.get(dial.name, dial.default)
+    if isinstance(value, list | tuple):
+        return ", ".join(f"{number:g}" for number in value)
+    if value is None:
+        return ""
+    return f"{value:g}" if dial.default is None and not isinstance(value, str) else value
+
+
+def filled_widgets(form: Form) -> list[Any]:
+    """The widgets that `filled` changes, as outputs."""
+    words, columns = form.words, form.columns
+    told = [form.base_told, words.read, words.examples, columns.told, *columns.dial_groups.values()]
+    return [*form.asked, *told]
+
+
+def lacking(recipe: Recipe, library: Library) -> list[str]:
+    """The concepts of a recipe that the library lacks for its base model."""
+    there = {concept.name for concept in library.of_base(bases.find(recipe.base).family)}
+    return [use.name for use in recipe.concepts if use.name not in there]

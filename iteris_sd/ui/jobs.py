@@ -1,49 +1,137 @@
-"""One composition in a thread of its own, so that the page can look at it, stop it, or go away."""
+"""Long work in a thread of its own, so that the page can look at it, stop it, or go away; one at a time, in turn."""
 
 from __future__ import annotations
 
 import threading
+import time
 import traceback
-from collections.abc import Mapping
-from contextlib import closing
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import closing, contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from iteris_sd import bases, weights
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
+from iteris_sd.events import Picture, Progress
+from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
 from iteris_sd.ui import space
+from iteris_sd.ui.inline import data_uri
 
 if TYPE_CHECKING:
-    from iteris_sd.composer import Event
+    from collections.abc import Iterator
+
+    from iteris_sd.events import Event
+    from iteris_sd.explaining import Explanation
     from iteris_sd.ui.takeaway import Bag, Drawn
 
-_IMPORTING = threading.Lock()
-_ONE_AT_A_TIME = threading.Lock()  # the base model is one, and a job changes it while it works
+T = TypeVar("T")
+_IMPORTING, _there = threading.Lock(), threading.Event()
+_LOOK_AGAIN = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the pictures that are being drawn look like by now: data URIs by column and seed, all of one scene."""
+
+    scene: str
+    pictures: Mapping[tuple[str, int], str]
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a job is: `done` of `total` within `stage`, the pictures drawn so far and, at the end, the files."""
+    """How far work is: `done` of `total` within `stage`, `left` seconds of it, and what there is so far.
 
-    phase: Literal["running", "done", "stopped", "failed"] = "running"
-    stage: str = "Waiting for the picture before to be finished"
+    `files`, `scores`: at the end, of what was finished. `before`: how many wait for their turn before this.
+    """
+
+    phase: Literal["waiting", "running", "done", "stopped", "failed"] = "waiting"
+    stage: str = ""
     done: int = 0
     total: int = 1
+    before: int = 0
+    left: float | None = None
     pictures: tuple[Drawn, ...] = ()
+    preview: Preview | None = None
     files: Mapping[str, Path] | None = None
     scores: Mapping[str, Any] | None = None
     message: str = ""
 
 
+class _Turns:
+    """Who works next: the base model is one, and work changes it while it lasts."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def turn(self, stopping: threading.Event) -> Iterator[None]:
+        """Wait until all who came before are done, or this is to stop."""
+        me = object()
+        with self._changed:
+            self._waiting.append(me)
+            while self._waiting[0] is not me and not stopping.is_set():
+                self._changed.wait(_LOOK_AGAIN)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting.remove(me)
+                self._changed.notify_all()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+
+_TURNS = _Turns()
+
+
+@dataclass
+class Clock:
+    """How long a stage still takes, from how fast it went since it began."""
+
+    stage: str = ""
+    began: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+
+    def left(self, stage: str, done: float, total: float) -> float | None:
+        """Seconds until `total`; None where nothing is known yet."""
+        now = time.monotonic()
+        if stage != self.stage or done < self.first:
+            self.stage, self.began, self.first = stage, now, done
+            return None
+        if done <= self.first or now - self.began < 0.5:
+            return None
+        return (now - self.began) * (total - done) / (done - self.first)
+
+
 def bring_in() -> None:
     """Import what is heavy, in one thread at a time: two that begin it at once trip over half-made modules."""
     with _IMPORTING:
-        from iteris_sd import adding, backbone, composer, rendering, samples, scoring  # noqa: F401
+        from iteris_sd import (  # noqa: F401
+            adding,
+            backbone,
+            composer,
+            explaining,
+            previewing,
+            rendering,
+            samples,
+            scoring,
+        )
+
+        _there.set()
+
+
+def device() -> str | None:
+    """What pictures are drawn on, in words; None while nobody knows yet."""
+    return space.device() if _there.is_set() else None
 
 
 def load(base: str) -> None:
@@ -55,22 +143,21 @@ def load(base: str) -> None:
         backbone.load(base)
 
 
-class Job:
-    """A recipe at work. It writes into `folder` only; `state` may be read at any time."""
+class Work:
+    """Something that takes long. It writes into `folder` only; `state` may be read at any time."""
 
     def __init__(self, recipe: Recipe, library: Library, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
-        self.state = State()
+        self.state = State(before=len(_TURNS))
         self._library = library
         self._stopping, self._ended = threading.Event(), threading.Event()
         # With the request's context, which a shared GPU is asked for with.
         run = partial(copy_context().run, self._run)
-        self._thread = threading.Thread(target=run, name="compose", daemon=True)
+        self._thread = threading.Thread(target=run, name=type(self).__name__, daemon=True)
 
-    def start(self) -> Job:
-        """Begin, as soon as the job before has ended."""
+    def start(self) -> None:
+        """Begin, as soon as the work before has ended."""
         self._thread.start()
-        return self
 
     def stop(self) -> None:
         """Ask it to end; it does so within one denoising step, and keeps what is finished."""
@@ -85,48 +172,129 @@ class Job:
         """Whether it has ended."""
         return self._ended.is_set()
 
+    def tell(self, **changes: Any) -> None:
+        """Change the state."""
+        self.state = replace(self.state, **changes)
+
     def _run(self) -> None:
         try:
-            with _ONE_AT_A_TIME:
-                self._work()
+            with _TURNS.turn(self._stopping):
+                self._begin()
         except UserError as error:
-            self.state = replace(self.state, phase="failed", message=str(error))
+            self.tell(phase="failed", message=str(error))
         except Exception:
             traceback.print_exc()
             message = "Something went wrong inside; what it was stands in the program's log."
-            self.state = replace(self.state, phase="failed", message=message)
+            self.tell(phase="failed", message=message)
         finally:
             self._ended.set()
 
-    def _work(self) -> None:
+    def _begin(self) -> None:
         if self._stopping.is_set():
-            self.state = replace(self.state, phase="stopped")
+            self.tell(phase="stopped")
             return
-        self.state = replace(self.state, stage="Loading the models")
+        self.tell(phase="running", stage="Loading the models")
         bring_in()
         base = bases.find(self.recipe.base)
         if (
             weights.located(base) is not None
         ):  # else it is fetched first, and the page is told how far that is
             load(base.name)
+        self._work()
+
+    def _work(self) -> None:
+        raise NotImplementedError
+
+    def _each(self, events: Generator[T, None, Any]) -> Iterator[T]:
+        """The events of some work until it ends or is to stop, in which case it is closed."""
+        with closing(events):
+            for event in events:
+                yield event
+                if self._stopping.is_set():
+                    return
+
+
+class Job(Work):
+    """A composition. `bag`: what it has brought so far, once it is at work. What it came to is kept in `history`."""
+
+    bag: Bag | None = None
+
+    def __init__(self, recipe: Recipe, library: Library, folder: Path, history: History) -> None:
+        super().__init__(recipe, library, folder)
+        self._history = history
+
+    def _work(self) -> None:
+        from iteris_sd.ui.takeaway import Bag
+
+        bag = self.bag = Bag(self.recipe, self._library, self.folder)
+        clock = Clock()
+        for event in self._each(space.events(self.recipe, self._library)):
+            bag.take(event)
+            self._tell(event, bag, clock)
+        self.tell(stage="Packing the files", left=None, preview=None)
+        files, scores = bag.pack()
+        phase, message = "done" if bag.is_whole else "stopped", ""
+        if bag.drawn:
+            try:
+                kept = [drawn.path for drawn in bag.drawn] + [files["grid"]]
+                self._history.keep(self.recipe, scores, kept, phase)
+            except UserError as error:  # the pictures are there all the same
+                message = f"It is not in the history: {error}"
+        self.tell(phase=phase, files=files, scores=scores, message=message)
+
+    def _tell(self, event: Event, bag: Bag, clock: Clock) -> None:
+        if isinstance(event, Picture):
+            self.tell(pictures=bag.drawn, done=0, preview=None)
+        elif isinstance(event, Progress):
+            drawing, steps = event.stage.startswith("Drawing"), self.recipe.steps
+            done = len(bag.drawn) * steps + event.done if drawing else event.done
+            total = self.recipe.count * steps if drawing else event.total
+            left = clock.left("Drawing" if drawing else event.stage, done, total)
+            self.tell(stage=event.stage, done=event.done, total=event.total, left=left)
+            if event.preview is not None:
+                shown = {place: data_uri(picture) for place, picture in event.preview.pictures.items()}
+                self.tell(preview=Preview(event.preview.scene, shown))
+
+
+class Merging(Work):
+    """A merge without pictures. `bag`: has the merged LoRAs, once it is at work."""
+
+    bag: Bag | None = None
+
+    def _work(self) -> None:
         from iteris_sd.ui.takeaway import Bag
 
         bag = Bag(self.recipe, self._library, self.folder)
-        with closing(space.events(self.recipe, self._library)) as events:
-            for event in events:
-                bag.take(event)
-                self._tell(event, bag)
-                if self._stopping.is_set():
-                    break
-        self.state = replace(self.state, stage="Packing the files")
-        whole = bag.is_whole
-        files, scores = bag.pack()
-        self.state = replace(self.state, phase="done" if whole else "stopped", files=files, scores=scores)
+        for event in self._each(space.merged(self.recipe, self._library)):
+            bag.take(event)
+            if isinstance(event, Progress):
+                self.tell(stage=event.stage, done=event.done, total=event.total)
+        whole = len(bag.merged) == len(self.recipe.merging)
+        self.bag = bag if whole else None
+        self.tell(phase="done" if whole else "stopped")
 
-    def _tell(self, event: Event, bag: Bag) -> None:
-        from iteris_sd.composer import Picture, Progress
 
-        if isinstance(event, Progress):
-            self.state = replace(self.state, stage=event.stage, done=event.done, total=event.total)
-        elif isinstance(event, Picture):
-            self.state = replace(self.state, pictures=bag.drawn, done=0)
+class Study(Work):
+    """A look inside a merge. `found`: what came of it, and `figures` its figures by name."""
+
+    found: Explanation | None = None
+    figures: Mapping[str, Path] = MappingProxyType({})
+
+    def _work(self) -> None:
+        from iteris_sd import diagnostics
+        from iteris_sd.explaining import Explanation
+
+        clock, found = Clock(), None
+        for event in self._each(space.explained(self.recipe, self._library)):
+            if isinstance(event, Explanation):
+                found = event
+            elif isinstance(event, Progress):
+                left = clock.left(event.stage, event.done, event.total)
+                self.tell(stage=event.stage, done=event.done, total=event.total, left=left)
+        if found is None:
+            self.tell(phase="stopped")
+            return
+        self.tell(stage="Drawing the figures", left=None)
+        self.figures = diagnostics.figures(found, self.folder)
+        self.found = found
+        self.tell(phase="done")

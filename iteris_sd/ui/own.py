@@ -1,4 +1,4 @@
-"""A person's own concepts on the page: added from a file or the Hub, changed, taken away as a zip, removed."""
+"""A person's own concepts: added from a file or the Hub, changed, taken away as a zip, removed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from iteris_sd.concepts import PICTURES, Concept
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import jobs, results
+from iteris_sd.ui import picker as pickers
 from iteris_sd.ui.form import Form, Update
-from iteris_sd.ui.picker import choices
+from iteris_sd.ui.picker import Use
 from iteris_sd.ui.visits import Visit, Visits
 
 _NEW = ""  # in the list of one's own concepts: none of them, a new one
@@ -48,13 +49,14 @@ class Own:
 
 
 def layout() -> Own:
-    """Lay the widgets out, folded away."""
-    with gr.Accordion("Your own concepts", open=False, elem_id="own"):
+    """Lay the widgets out."""
+    with gr.Column(elem_id="own"):
         which = gr.Dropdown([_FIRST], value=_NEW, label="Add or change", elem_id="own-which")
         file = gr.File(
             label="A LoRA (.safetensors), or a concept that was exported (.zip)",
             file_types=[".safetensors", ".zip"],
-            height=110,
+            height=150,
+            elem_classes="drop",
         )
         id = gr.Textbox(
             label="Or from the Hugging Face Hub",
@@ -75,7 +77,8 @@ def layout() -> Own:
             label=f"Up to {limits.MAX_REFERENCES} pictures of it, to score against",
             file_types=list(PICTURES),
             file_count="multiple",
-            height=110,
+            height=150,
+            elem_classes="drop",
         )
         with gr.Row():
             keep = gr.Button("Keep concept", min_width=120)
@@ -91,11 +94,9 @@ def shelf(visit: Visit) -> gr.Dropdown:
     return gr.Dropdown([_FIRST, *mine], value=_NEW)
 
 
-def wire(visits: Visits, form: Form, own: Own, show_picked: Callable[..., Any]) -> None:
-    """Make them work; `show_picked` shows what follows from what is picked."""
-    changed = [own.which, own.file, own.id, own.pictures, form.words.picked, own.told]
-    both = [form.words.picked, form.words.prompt]
-    follows = [form.words.examples, form.words.read, *form.advanced.weights]
+def wire(visits: Visits, form: Form, own: Own, follow: Callable[[Any, str], None]) -> None:
+    """Make them work; `follow(event, name)` shows what follows from what is picked after an event."""
+    changed = [own.which, own.file, own.id, own.pictures, form.words.picked, form.words.sets, own.told]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
 
     chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove]
@@ -112,8 +113,8 @@ def wire(visits: Visits, form: Form, own: Own, show_picked: Callable[..., Any]) 
         api_name="remove_own",
         **private,
     )
-    for event, name in ((kept, "show_kept"), (gone, "show_removed")):
-        event.then(show_picked, both, follows, api_name=name, **_SILENT)
+    follow(kept, "show_kept")
+    follow(gone, "show_removed")
 
 
 def _show(visits: Visits, own: Own) -> Callable[..., Update]:
@@ -168,7 +169,7 @@ def _keep(visits: Visits, form: Form, own: Own) -> Callable[..., Iterator[Update
         noun: str,
         weight: float,
         pictures: list[str] | None,
-        picked: list[str],
+        picked: Any,
         base: str,
         request: gr.Request,
     ) -> Iterator[Update]:
@@ -189,7 +190,10 @@ def _keep(visits: Visits, form: Form, own: Own) -> Callable[..., Iterator[Update
         except UserError as error:
             yield {own.told: results.problem(str(error))}
             return
-        yield _shelf(form, own, visit, base, [*picked, concept.name], _welcome(concept, base))
+        uses = pickers.read(picked, visit.library)
+        if all(use.name != concept.name for use in uses):
+            uses += pickers.of_names([concept.name], visit.library)
+        yield _shelf(form, own, visit, base, uses, _welcome(concept, base))
 
     return keep_own
 
@@ -224,7 +228,7 @@ def _welcome(concept: Concept, base: str) -> str:
 
 
 def _remove(visits: Visits, form: Form, own: Own) -> Callable[..., Update]:
-    def remove_own(which: str, picked: list[str], base: str, request: gr.Request) -> Update:
+    def remove_own(which: str, picked: Any, base: str, request: gr.Request) -> Update:
         visit = visits.of(request)
         if which not in visit.mine():
             return {own.told: results.problem("No concept of yours is chosen.")}
@@ -233,20 +237,23 @@ def _remove(visits: Visits, form: Form, own: Own) -> Callable[..., Update]:
         except UserError as error:
             return {own.told: results.problem(str(error))}
         told = f'<p role="status">Removed: {escape(which)}.</p>'
-        return _shelf(form, own, visit, base, [name for name in picked if name != which], told)
+        return _shelf(form, own, visit, base, pickers.read(picked, visit.library), told)
 
     return remove_own
 
 
-def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[str], told: str) -> Update:
+def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[Use], told: str) -> Update:
     """The page after one's own concepts have changed."""
-    there = visit.library.of_base(bases.find(base).family)
-    names = list(dict.fromkeys(name for name in picked if name in {concept.name for concept in there}))
+    chosen = bases.find(base)
+    there = visit.library.of_base(chosen.family)
+    names = {concept.name for concept in there}
+    uses = [use.plain() for use in picked if use.name in names][: limits.MAX_CONCEPTS]
     return {
         own.which: shelf(visit),
         own.file: None,
         own.id: "",
         own.pictures: None,
-        form.words.picked: gr.HTML(value=names[: limits.MAX_CONCEPTS], choices=choices(there)),
+        form.words.picked: gr.HTML(value=uses, choices=pickers.choices(there)),
+        form.words.sets: gr.Dataset(samples=forms.set_samples(visit.library, chosen)),
         own.told: told,
     }

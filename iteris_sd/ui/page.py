@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from PIL import Image
 
 from iteris_sd import bases, limits, serving, weights
+from iteris_sd.bases import Base
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
+from iteris_sd.history import History
 from iteris_sd.kept import Kept
-from iteris_sd.ui import api, compose, jobs, theme
+from iteris_sd.ui import api, compose, jobs, own, past, shelf, theme, why
+from iteris_sd.ui import form as forms
+from iteris_sd.ui import picker as pickers
+from iteris_sd.ui.compose import SILENT
+from iteris_sd.ui.form import Update
 from iteris_sd.ui.visits import Visits
 
 TITLE = "IterIS for Stable Diffusion"
 _CLEAN_EVERY, _KEEP = 600, 6 * 3600  # seconds: files handed out for download
-_warm = threading.Event()
+_SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+_ICON = Path(__file__).with_name("favicon.png")
+_warm = threading.Lock()
 
 
 def build(visits: Visits) -> gr.Blocks:
@@ -29,49 +38,89 @@ def build(visits: Visits) -> gr.Blocks:
             elem_id="header",
             apply_default_css=False,
         )
-        compose.tab(visits, base, page)
-        api.add(visits, base)
-        page.load(
-            partial(_warm_up, base.name),
-            queue=False,
-            api_name="warm_up",
-            api_visibility="private",
-            show_progress="hidden",
+        notice = forms.markup("", elem_id="notice")
+        with gr.Tabs(selected="compose", overflow_behavior="wrap") as tabs:
+            with gr.Tab("Compose", id="compose"):
+                composing = compose.layout(visits, base, notice)
+            with gr.Tab("Why", id="why", render_children=True):
+                inside = why.layout()
+            with gr.Tab("History", id="history", render_children=True) as history:
+                before = past.layout()
+            with gr.Tab("Concepts", id="concepts", render_children=True):
+                concepts = shelf.layout(visits.library)
+        compose.wire(visits, composing)
+        why.wire(visits, composing.form, inside)
+        past.wire(visits, composing, before, tabs, history, past.drop_anywhere())
+        shelf.wire(visits, concepts)
+        own.wire(
+            visits,
+            composing.form,
+            concepts.own,
+            lambda event, name: compose.follow(visits, composing.form, event, name),
         )
+        composing.add.click(lambda: gr.Tabs(selected="concepts"), outputs=tabs, api_name="add_own", **SILENT)
+        _on_load(page, visits, base, composing, concepts)
+        api.add(visits, base)
         page.unload(visits.leave)
     return page
 
 
-def _warm_up(base: str) -> None:
-    """Load the models while the first visitor looks at the page."""
-    if not _warm.is_set():
-        _warm.set()
-        threading.Thread(target=_load, args=(base,), name="warm-up", daemon=True).start()
+def _on_load(
+    page: gr.Blocks, visits: Visits, base: Base, composing: compose.Tab, concepts: shelf.Tab
+) -> None:
+    """What a visit sees that was not known when the page was laid out: its concepts, a link's recipe, the device."""
+    form = composing.form
+    words = form.words
+
+    def show_library(request: gr.Request) -> Update:
+        visit = visits.of(request)
+        shown: Update = {
+            words.picked: gr.HTML(choices=pickers.choices(visit.library.of_base(base.family))),
+            words.sets: gr.Dataset(samples=forms.set_samples(visit.library, base)),
+            concepts.own.which: own.shelf(visit),
+            concepts.which: gr.Dropdown(shelf.names(visit.library)),
+        }
+        query = request.query_params.get("recipe")
+        return shown | (compose.from_link(query, composing, visits, request) if query else {})
+
+    def warm_up(chosen: str) -> str:
+        """Load the models while the first visitor looks at the page."""
+        try:
+            with _warm:
+                jobs.load(base.name)
+        except UserError as error:
+            print(error, flush=True)
+        return forms.told_of_base(bases.find(chosen))
+
+    outputs: dict[Any, None] = dict.fromkeys(
+        [*composing.restored, words.sets, concepts.own.which, concepts.which]
+    )
+    page.load(show_library, outputs=list(outputs), api_name="show_library", **SILENT)
+    page.load(warm_up, form.base, form.base_told, api_name="warm_up", **SILENT)
 
 
-def _load(base: str) -> None:
-    try:
-        jobs.load(base)
-    except UserError as error:
-        print(error, flush=True)
-
-
-def launch(host: str | None = None, port: int | None = None, share: bool = False) -> None:
+def launch(host: str | None = None, port: int | None = None, share: bool = False, mcp: bool = False) -> None:
     """Serve the page until interrupted; what is not given comes from Gradio's environment variables.
 
-    Concepts that are added stay for good where the page is one person's own; on a public page they go with the visit.
+    Concepts that are added, and what is composed, stay for good where the page is one person's own; on a public page
+    they go with the visit. `mcp`: compose and merge are also tools of a Model Context Protocol server.
     """
     Image.MAX_IMAGE_PIXELS = limits.MAX_PICTURE_PIXELS
     if share:
         serving.go_public()
-    visits = Visits(Library.shipped(), None if serving.public() else Kept.usual())
+    kept, history = (None, None) if serving.public() else (Kept.usual(), History.usual())
+    visits = Visits(Library.shipped(), kept, history)
+    allowed = [visits.root] if history is None else [visits.root, history.folder]
     build(visits).queue(default_concurrency_limit=8, max_size=limits.MAX_WAITING).launch(
         server_name=host,
         server_port=port,
         share=share or None,
         theme=theme.theme(),
         css_paths=theme.STYLE,
-        allowed_paths=[str(visits.root)],
+        js=_SCRIPT,
+        favicon_path=_ICON,
+        allowed_paths=[str(path) for path in allowed],
         max_file_size=limits.MAX_FILE_BYTES,
         footer_links=["api", "settings"],
+        mcp_server=mcp or None,
     )

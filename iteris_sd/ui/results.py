@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from iteris_sd.recipe import Recipe
-from iteris_sd.ui.asking import METHOD_CHOICES
-from iteris_sd.ui.jobs import State
+import gradio as gr
+
+from iteris_sd.recipe import Recipe, alone, title
+from iteris_sd.ui.jobs import Preview, State
 from iteris_sd.ui.takeaway import Drawn
 
+_GRID = Path(__file__).with_name("grid.js").read_text(encoding="utf-8")
+OWN = "own"  # of what a concept alone is drawn by: its own LoRA
 EMPTY = """
 <div class="empty">
 <p><strong>Several of your own things in one picture.</strong></p>
@@ -30,102 +34,258 @@ def problem(message: str) -> str:
     return f'<p class="problem" role="alert">{escape(message)}</p>'
 
 
+# ---------------------------------------------------------------- how far it is
+
+
 def progress(recipe: Recipe, state: State) -> str:
-    """What is being done, which picture it is, and a bar; or how it ended."""
-    ready, total = len(state.pictures), len(recipe.seeds) * len(recipe.methods)
+    """What is being done, which picture it is, how long it still takes, and a bar; or how it ended."""
+    ready, total = len(state.pictures), recipe.count
     if state.phase == "failed":
         return problem(state.message)
     if state.phase == "done":
         return f'<p class="ended" role="status">Done: {_pictures(ready)}.</p>'
     if state.phase == "stopped":
         return f'<p class="ended" role="status">Stopped. {ready} of {_pictures(total)} finished.</p>'
+    if state.phase == "waiting":
+        return waiting(state)
     if not state.stage.startswith("Drawing"):
-        where, value, most = "", state.done, state.total
-    else:
-        where = f"Picture {ready + 1} of {total}, step {state.done} of {state.total}"
-        value, most = ready * state.total + state.done, total * state.total
-    bar = f'<progress value="{value}" max="{max(most, 1)}"></progress>' if value else "<progress></progress>"
+        return bar(state, "", state.done, state.total)
+    where = f"Picture {ready + 1} of {total}, step {state.done} of {state.total}"
+    return bar(state, where, ready * state.total + state.done, total * state.total)
+
+
+def waiting(state: State) -> str:
+    """Whose turn it is."""
+    before = f"{state.before} before you" if state.before else "you are next"
+    return f'<div class="progress"><p role="status">Waiting for its turn: {before}.</p><progress></progress></div>'
+
+
+def bar(state: State, where: str, value: float, most: float) -> str:
+    """The stage, a bar, and how long it still takes."""
+    told = ", ".join(text for text in (where, _left(state)) if text)
+    filled = (
+        f'<progress value="{value}" max="{max(most, 1)}"></progress>' if value else "<progress></progress>"
+    )
     return (
         f'<div class="progress"><p role="status">{escape(state.stage)}</p>'
-        f'{bar}<p class="where">{where or "&nbsp;"}</p></div>'
+        f'{filled}<p class="where">{told or "&nbsp;"}</p></div>'
     )
+
+
+def _left(state: State) -> str:
+    if state.left is None:
+        return ""
+    what = "about" if state.stage.startswith("Drawing") else "this step about"
+    seconds = max(1, round(state.left))
+    return f"{what} {seconds} s left" if seconds < 100 else f"{what} {round(seconds / 60)} min left"
 
 
 def _pictures(count: int) -> str:
     return f"{count} picture" if count == 1 else f"{count} pictures"
 
 
-def grid(recipe: Recipe, state: State) -> str:
-    """Rows are seeds, columns are methods; pictures that are not there yet are blank."""
-    if state.phase in ("failed", "stopped") and not state.pictures:
-        return ""
-    found = {(drawn.method, drawn.seed): drawn for drawn in state.pictures}
-    methods = [method.name for method in recipe.methods]
-    head = "".join(f'<th scope="col">{escape(METHOD_CHOICES[name][0])}</th>' for name in methods)
-    rows = "".join(
-        f'<tr><th scope="row"><span>seed </span>{seed}</th>'
-        + "".join(_cell(found.get((name, seed)), recipe, name, seed) for name in methods)
-        + "</tr>"
-        for seed in recipe.seeds
-    )
-    return (
-        f'<div class="wide"><table class="pictures" style="--columns: {len(methods)}">'
-        f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+# ---------------------------------------------------------------- the pictures
+
+
+def grid(elem_id: str) -> gr.HTML:
+    """An empty grid; its value is what `composition` or `retention` say."""
+    return gr.HTML(
+        value=None,
+        html_template='<div class="grid"></div>',
+        js_on_load=_GRID,
+        apply_default_css=False,
+        elem_id=elem_id,
     )
 
 
-def _cell(drawn: Drawn | None, recipe: Recipe, method: str, seed: int) -> str:
-    if drawn is None:
-        return '<td><div class="pending"></div></td>'
-    title = METHOD_CHOICES[method][0]
-    images = [(use.name, drawn.images.get(use.name)) for use in recipe.concepts]
-    told = ", ".join(f"{name} {_number(value)}" for name, value in [("text", drawn.text), *images])
-    alt = escape(f"{title}, seed {seed}: {recipe.prompt}. Alignment: {told}.", quote=True)
-    url = escape(f"gradio_api/file={quote(str(drawn.path))}", quote=True)
-    scores = "".join(f"<span>{escape(name)} {_number(value)}</span>" for name, value in images)
-    if drawn.flagged:
-        scores += '<span class="flagged">blanked by the safety checker, not scored</span>'
-    return (
-        f'<td><figure><a href="{url}" target="_blank" rel="noopener"><img src="{url}" alt="{alt}"></a>'
-        f"<figcaption><b>{escape(title)}, seed {seed}</b>"
-        f'<span class="text">text {_number(drawn.text)}</span>{scores}</figcaption></figure></td>'
-    )
+def composition(recipe: Recipe, drawn: Iterable[Drawn], preview: Preview | None = None) -> dict[str, Any]:
+    """Rows are seeds, columns are methods; pictures that are not there yet are blank, or seen as they are by now."""
+    drawn = [one for one in drawn if not one.scene]
+    return {
+        "name": recipe.prompt,
+        "columns": [{"id": name, "title": title(name)} for name in recipe.columns],
+        "rows": [{"id": str(seed), "kind": "seed", "title": str(seed)} for seed in recipe.seeds],
+        **_measures(recipe, drawn),
+        "cells": {f"{one.seed}|{one.method}": _cell(one, recipe) for one in drawn},
+        "previews": _previews(preview, lambda scene, column, seed: f"{seed}|{column}", False),
+    }
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def retention(
+    recipe: Recipe, drawn: Iterable[Drawn], preview: Preview | None = None
+) -> dict[str, Any] | None:
+    """Each concept alone, a row for each and each seed: by its own LoRA, and by every merged adapter."""
+    if not recipe.retention:
+        return None
+    names = [use.name for use in recipe.concepts]
+
+    def place(scene: str, column: str, seed: int) -> str:
+        return f"{scene} {seed}|{OWN if column == alone(scene) else column}"
+
+    drawn = [one for one in drawn if one.scene]
+    return {
+        "name": f"retention {recipe.prompt}",
+        "columns": [
+            {"id": OWN, "title": "Its own LoRA"},
+            *({"id": use.name, "title": title(use.name)} for use in recipe.merging),
+        ],
+        "rows": [
+            {"id": f"{name} {seed}", "title": f"{name}, {seed}"} for name in names for seed in recipe.retained
+        ],
+        **_measures(recipe, drawn),
+        "cells": {place(one.scene, one.method, one.seed): _cell(one, recipe) for one in drawn},
+        "previews": _previews(preview, place, True),
+    }
+
+
+def _previews(preview: Preview | None, place: Callable[[str, str, int], str], of_one: bool) -> dict[str, str]:
+    """Previews of the composition, or those `of_one` concept, by their places."""
+    if preview is None or bool(preview.scene) != of_one:
+        return {}
+    return {place(preview.scene, column, seed): uri for (column, seed), uri in preview.pictures.items()}
+
+
+def _measures(recipe: Recipe, drawn: Sequence[Drawn]) -> dict[str, Any]:
+    """All measures that were taken, and which of them stand under every picture."""
+    taken = dict.fromkeys(name for one in drawn for name in one.measures)
+    main = ["text", *(f"image:{use.name}" for use in recipe.concepts)]
+    main += ["minimum"] if len(recipe.concepts) > 1 else []
+    return {
+        "measures": [{"id": name, "title": measured(name), "short": _short(name)} for name in taken or main],
+        "main": [name for name in main if name in taken or not taken],
+    }
+
+
+def measured(measure: str) -> str:
+    """A measure's name for people."""
+    kind, _, concept = measure.partition(":")
+    return {
+        "text": "Text",
+        "text_cosine": "Text, plain cosine",
+        "minimum": "Weakest concept",
+        "mean": "Mean of the concepts",
+        "crop_minimum": "Weakest concept, closest part",
+        "image": concept,
+        "crop": f"{concept}, closest part",
+        "dino": f"{concept}, by DINO",
+    }.get(kind, measure)
+
+
+def _short(measure: str) -> str:
+    return {"minimum": "least", "text": "text"}.get(measure, measured(measure))
+
+
+def address(path: Path) -> str:
+    """Where the page finds a file, as an attribute has it."""
+    return f"gradio_api/file={quote(str(path))}"
+
+
+def _cell(one: Drawn, recipe: Recipe) -> dict[str, Any]:
+    what = title(one.method) if not one.scene or one.method != alone(one.scene) else "Its own LoRA"
+    named = f"{what}, seed {one.seed}"
+    named_so = ("text", *(f"image:{use.name}" for use in recipe.concepts), "minimum")
+    shown = [m for m in named_so if m in one.measures]
+    told = ", ".join(f"{_short(m)} {one.measures[m]:.2f}" for m in shown)
+    subject = one.scene or recipe.prompt
+    return {
+        "url": address(one.path),
+        "title": named,
+        "alt": f"{named}: {subject}." + (f" Alignment: {told}." if told else ""),
+        "scores": dict(one.measures),
+        "flagged": one.flagged,
+    }
+
+
+# ---------------------------------------------------------------- the table
 
 
 def summary(recipe: Recipe, scores: Mapping[str, Any] | None) -> str:
-    """The table of means, their 95 % intervals and n; `scores` are those of `export.scores`."""
+    """The table of means, their 95 % intervals and n, and of differences; `scores` are those of `export.scores`."""
     if scores is None:
         return ""
-    measures = {"text": "Text"} | {f"image:{use.name}": use.name for use in recipe.concepts}
-    if len(recipe.concepts) > 1:
-        measures["minimum"] = "Weakest concept"
-    rows = {(row["method"], row["measure"]): row for row in scores["summary"]}
-    shown = [m.name for m in recipe.methods if (m.name, "text") in rows]
-    if not shown:
-        return f'<p class="note">Scored by {escape(scores["scorer"])}</p>'
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in measures.values())
+    scorer, rows = str(scores["scorer"]), scores["summary"]
+    if not rows:
+        return f'<p class="note">Scored by {escape(scorer)}</p>'
+    taken = dict.fromkeys(row["measure"] for row in rows)
+    main = ["text", *(f"image:{use.name}" for use in recipe.concepts), "minimum"]
+    main = [name for name in main if name in taken and (name != "minimum" or len(recipe.concepts) > 1)]
+    further = [name for name in taken if name not in (*main, "text_cosine", "mean", "minimum")]
+    caption = f'Mean alignment <abbr title="{escape(_MEANING, quote=True)}">?</abbr>, 95 % interval under it'
+    parts = [_table(recipe, rows, main, caption), _note(scorer)]
+    if further:
+        closest = f'Closest part <abbr title="{escape(_CLOSEST, quote=True)}">?</abbr>, and other encoders'
+        parts.append(_folded("Further scores", _table(recipe, rows, further, closest)))
+    if differences := [row for row in scores.get("paired", ()) if row["measure"] in main]:
+        caption = f'Difference to {title(differences[0]["to"])} <abbr title="{escape(_PAIRED, quote=True)}">?</abbr>'
+        parts.append(
+            _folded("Differences to the linear average", _table(recipe, differences, main, caption, "+"))
+        )
+    return "".join(parts)
+
+
+_MEANING = (
+    "Text: how well the picture fits the prompt. A concept: how much the picture looks like its reference pictures. "
+    "More is better."
+)
+_CLOSEST = (
+    "A concept may be small in a picture, or gone: the largest alignment of any part of the picture with its "
+    "reference pictures."
+)
+_PAIRED = (
+    "Mean over seeds of the difference on the same seed. An interval that does not hold 0 is a difference that chance "
+    "alone would seldom make."
+)
+
+
+def _note(scorer: str) -> str:
+    return (
+        '<p class="note">Text: how well the picture fits the prompt. A concept: how much it looks like that '
+        "concept’s reference pictures. More is better; the best of a column is bold only where its interval meets no "
+        f"other. Scored by {escape(scorer)}.</p>"
+    )
+
+
+def _folded(name: str, content: str) -> str:
+    return f"<details><summary>{name}</summary>{content}</details>"
+
+
+def _table(
+    recipe: Recipe, rows: Sequence[Mapping[str, Any]], measures: Sequence[str], caption: str, sign: str = ""
+) -> str:
+    """A line for each column of the grid that has numbers, a column for each measure, and n."""
+    found = {(row["method"], row["measure"]): row for row in rows}
+    names = [name for name in recipe.columns if any((name, m) in found for m in measures)]
+    best = {m: _best([found[name, m] for name in names if (name, m) in found]) for m in measures}
+    head = "".join(f'<th scope="col">{escape(measured(m))}</th>' for m in measures)
     body = "".join(
-        f'<tr><th scope="row">{escape(METHOD_CHOICES[name][0])}</th>'
-        + "".join(f"<td>{_mean(rows.get((name, measure)))}</td>" for measure in measures)
-        + f"<td>{rows[name, 'text']['n']}</td></tr>"
-        for name in shown
+        f'<tr><th scope="row">{escape(title(name))}</th>'
+        + "".join(
+            f"<td>{_mean(found.get((name, m)), best[m] == name and not sign, sign)}</td>" for m in measures
+        )
+        + f"<td>{max(found[name, m]['n'] for m in measures if (name, m) in found)}</td></tr>"
+        for name in names
     )
     return (
-        '<div class="wide"><table class="summary"><caption>Mean alignment, and its 95 % interval</caption>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="Scores"><table class="summary">'
+        f"<caption>{caption}</caption>"
         f'<thead><tr><th scope="col">Method</th>{head}<th scope="col"><i>n</i></th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
-        f'<p class="note">Text: how well the picture fits the prompt. A concept: how much it looks like that '
-        f"concept’s reference pictures. More is better. Scored by {escape(scores['scorer'])}.</p>"
     )
 
 
-def _mean(row: Mapping[str, Any] | None) -> str:
+def _best(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The method whose interval lies above all others of a measure; nobody where intervals meet or are not known."""
+    if len(rows) < 2 or any(row["low"] is None for row in rows):
+        return None
+    first, *others = sorted(rows, key=lambda row: row["mean"], reverse=True)
+    return str(first["method"]) if all(first["low"] > other["high"] for other in others) else None
+
+
+def _mean(row: Mapping[str, Any] | None, best: bool, sign: str) -> str:
     if row is None:
         return "–"
+    mean = f"{row['mean']:{sign}.3f}"
+    mean = f"<strong>{mean}</strong>" if best else mean
     if row["low"] is None:
-        return f"{row['mean']:.3f}"
-    return f"{row['mean']:.3f}<small>{row['low']:.2f} to {row['high']:.2f}</small>"
+        return mean
+    return f"{mean}<small>{row['low']:{sign}.2f} to {row['high']:{sign}.2f}</small>"

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from iteris_sd import bases, limits, serving
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
-from iteris_sd.recipe import BASE_COLUMN, Recipe
+from iteris_sd.recipe import Recipe
 
 if TYPE_CHECKING:
-    from iteris_sd.composer import Event
+    from iteris_sd.events import Event
+    from iteris_sd.explaining import Explanation
 
+_ITERATIONS = (
+    5  # of Algorithm 1 as printed, to see what each changes: most of the time that a look inside takes
+)
 # Seconds on such a GPU, taken generously: what runs out is lost.
 _LOADING, _PICTURE_STEP, _SAMPLE, _MERGE = 15.0, 0.06, 0.15, 10.0
 
@@ -26,13 +30,21 @@ def lent() -> bool:
     return bool(os.environ.get("SPACES_ZERO_GPU")) and importlib.util.find_spec("spaces") is not None
 
 
+def device() -> str:
+    """What pictures are drawn on, in words; torch must be loaded."""
+    import torch
+
+    if lent():
+        return "a GPU that is lent for each composition"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's processor"
+
+
 def check(recipe: Recipe) -> None:
     """Raise UserError when a composition is larger than a public page does."""
     if not serving.public():
         return
-    pictures = len(recipe.seeds) * len(recipe.methods)
     for what, found, most in (
-        ("pictures", pictures, limits.MAX_PUBLIC_PICTURES),
+        ("pictures", recipe.count, limits.MAX_PUBLIC_PICTURES),
         ("steps", recipe.steps, limits.MAX_PUBLIC_STEPS),
     ):
         if found > most:
@@ -46,30 +58,54 @@ def duration(recipe: Recipe, library: Library) -> int:
     """Seconds of a GPU that a composition is expected to take, up to the most that may be asked for."""
     del library  # the work takes it
     side = (recipe.size or bases.find(recipe.base).size) / 512
-    pictures = len(recipe.seeds) * len(recipe.methods)
-    drawing = pictures * (recipe.steps * _PICTURE_STEP * max(side, side**2) + 1)
-    merging = sum(method.name != BASE_COLUMN for method in recipe.methods) * _MERGE
+    drawing = recipe.count * (recipe.steps * _PICTURE_STEP * max(side, side**2) + 1)
+    merging = len(recipe.merging) * _MERGE
     sampling = len(recipe.concepts) * recipe.calibration.samples * _SAMPLE
     return min(math.ceil(_LOADING + drawing + merging + sampling), limits.MAX_GPU_SECONDS)
 
 
 def events(recipe: Recipe, library: Library) -> Generator[Event, None, Any]:
     """The events of a composition, on the lent GPU where there is one. No tensor in them is on a GPU."""
-    work = _on_lent_gpu() if lent() else _compose
+    work = _on_lent_gpu(_compose) if lent() else _compose
+    return work(recipe, library)
+
+
+def merged(recipe: Recipe, library: Library) -> Generator[Event, None, Any]:
+    """The events of a merge without pictures, likewise."""
+    work = _on_lent_gpu(_merge) if lent() else _merge
+    return work(recipe, library)
+
+
+def explained(recipe: Recipe, library: Library) -> Generator[Event | Explanation, None, Any]:
+    """The events of a look inside a merge, the explanation last, likewise."""
+    work = _on_lent_gpu(_explain) if lent() else _explain
     return work(recipe, library)
 
 
 def _compose(recipe: Recipe, library: Library) -> Generator[Event, None, Any]:
     from iteris_sd import composer
 
-    return (yield from composer.compose(recipe, library))
+    return (yield from composer.compose(recipe, library, previews=True))
+
+
+def _merge(recipe: Recipe, library: Library) -> Generator[Event, None, Any]:
+    from iteris_sd import merger
+
+    return (yield from merger.merge_all(recipe, library))
+
+
+def _explain(recipe: Recipe, library: Library) -> Generator[Event | Explanation, None, None]:
+    from iteris_sd import explaining
+
+    found = yield from explaining.explain(recipe, library, _ITERATIONS)
+    yield found  # a worker's result comes as an event, or not at all
 
 
 @cache
-def _on_lent_gpu() -> Any:
+def _on_lent_gpu(work: Any) -> Any:
     import spaces
 
-    return spaces.GPU(duration=duration)(_compose)
+    return spaces.GPU(duration=duration)(work)
 
 
 def prepare() -> None:
@@ -80,4 +116,5 @@ def prepare() -> None:
         for _ in backbone.fetch("sd15"):
             pass
         backbone.load("sd15")
-        _on_lent_gpu()
+        for work in (_compose, _merge, _explain):
+            _on_lent_gpu(work)

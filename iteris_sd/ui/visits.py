@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 
+from iteris_sd import limits
 from iteris_sd.concepts import Concept, Library
+from iteris_sd.history import Entry, History
 from iteris_sd.kept import Kept
 from iteris_sd.recipe import Recipe
 from iteris_sd.ui import jobs, space
+from iteris_sd.ui.takeaway import Bag, Drawn, drawn_before
+
+W = TypeVar("W", bound=jobs.Work)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is shown as the result: of a job, or of a composition in the history, which has no `bag`."""
+
+    recipe: Recipe
+    drawn: Sequence[Drawn]
+    scores: Mapping[str, Any] | None
+    bag: Bag | None = None
+
+    def picture(self, method: str, seed: int) -> Path | None:
+        """The file of one picture of the composition, if it was drawn."""
+        of = (("", method, seed),)
+        return next((one.path for one in self.drawn if (one.scene, one.method, one.seed) in of), None)
 
 
 class Visit:
-    """One open page, or one client of the API. `kept`: the concepts it may add to and change."""
+    """One open page, or one client of the API.
 
-    def __init__(self, folder: Path, shipped: Library, kept: Kept) -> None:
+    `kept`: the concepts it may add to and change; `history`: the compositions it may look back at.
+    """
+
+    def __init__(self, folder: Path, shipped: Library, kept: Kept, history: History) -> None:
         self.job: jobs.Job | None = None
+        self.study: jobs.Study | None = None
+        self.history = history
+        self.seen = time.monotonic()
+        self._reopened: Result | None = None
         self._folder, self._shipped, self._kept = folder, shipped, kept
 
     @property
@@ -39,14 +69,46 @@ class Visit:
         Raises UserError when it is larger than a public page does.
         """
         space.check(recipe)
-        before, self.job = self.job, None
+        self._reopened = None
+        self.job = self._started(self.job, jobs.Job(recipe, self.library, self._fresh("run-"), self.history))
+        return self.job
+
+    def merge(self, recipe: Recipe) -> jobs.Merging:
+        """Start a merge without pictures. Raises UserError when it is larger than a public page does."""
+        space.check(recipe)
+        return self._started(None, jobs.Merging(recipe, self.library, self._fresh("merge-")))
+
+    def look_inside(self, recipe: Recipe) -> jobs.Study:
+        """Start a look inside the merge of a recipe, likewise."""
+        space.check(recipe)
+        self.study = self._started(self.study, jobs.Study(recipe, self.library, self._fresh("study-")))
+        return self.study
+
+    def _fresh(self, prefix: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=self._folder))
+
+    def _started(self, before: jobs.Work | None, work: W) -> W:
         if before is not None:
             before.stop()
             if before.ended:
                 shutil.rmtree(before.folder, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix="run-", dir=self._folder))
-        self.job = jobs.Job(recipe, self.library, folder).start()
-        return self.job
+        work.start()
+        return work
+
+    @property
+    def result(self) -> Result | None:
+        """What is shown: what was reopened last, or else what the last job has come to by now."""
+        if self._reopened is not None or self.job is None:
+            return self._reopened
+        state = self.job.state
+        return Result(self.job.recipe, state.pictures, state.scores, self.job.bag)
+
+    def reopen(self, entry: Entry) -> Result:
+        """Show a composition of the history. Raises UserError when its recipe cannot be read."""
+        jobs.bring_in()
+        scores = entry.scores()
+        self._reopened = Result(entry.recipe(), drawn_before(scores, entry.folder), scores)
+        return self._reopened
 
     def add(
         self,
@@ -78,31 +140,33 @@ class Visit:
 
     def export(self, name: str) -> Path:
         """One of one's own concepts as a zip, in this visit's folder."""
-        folder = Path(tempfile.mkdtemp(prefix="export-", dir=self._folder))
-        path = folder / f"{name}.zip"
+        path = self._fresh("export-") / f"{name}.zip"
         self._kept.export_zip(name, path)
         return path
 
     def end(self) -> None:
-        """Stop the job and remove all files."""
-        if self.job is not None:
-            self.job.stop()
+        """Stop the work and remove all files."""
+        for work in (self.job, self.study):
+            if work is not None:
+                work.stop()
         threading.Thread(target=self._tidy, daemon=True).start()
 
     def _tidy(self) -> None:
-        if self.job is not None:
-            self.job.wait()
+        for work in (self.job, self.study):
+            if work is not None:
+                work.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Visits:
     """All visits, by the session of the page. Their files lie under `root`, which goes with this object.
 
-    `kept`: where concepts that people add stay; None, as for a public page: with each visit, and as long as it.
+    `kept`, `history`: where concepts that people add, and what they compose, stay; None, as for a public page: with
+    each visit, and as long as it.
     """
 
-    def __init__(self, shipped: Library, kept: Kept | None = None) -> None:
-        self._shipped, self._kept = shipped, kept
+    def __init__(self, shipped: Library, kept: Kept | None = None, history: History | None = None) -> None:
+        self._shipped, self._kept, self._history = shipped, kept, history
         self._temporary = tempfile.TemporaryDirectory(prefix="iteris-sd-")
         self.root = Path(self._temporary.name)
         self._open: dict[str, Visit] = {}
@@ -114,17 +178,27 @@ class Visits:
         return self._shipped if self._kept is None else self._kept.library().joined(self._shipped)
 
     def of(self, request: gr.Request) -> Visit:
-        """The visit that a request belongs to; a new one where there is none."""
-        session = request.session_hash or "nobody"
+        """The visit that a request belongs to; a new one where there is none, or the request names no session."""
+        session = request.session_hash or secrets.token_hex(8)
         with self._lock:
+            self._sweep()
             if session not in self._open:
                 folder = Path(tempfile.mkdtemp(prefix="visit-", dir=self.root))
-                self._open[session] = Visit(folder, self._shipped, self._kept or Kept(folder / "concepts"))
+                kept = self._kept or Kept(folder / "concepts")
+                history = self._history or History(folder / "history")
+                self._open[session] = Visit(folder, self._shipped, kept, history)
+            self._open[session].seen = time.monotonic()
             return self._open[session]
+
+    def _sweep(self) -> None:
+        """End the visits that have long been idle."""
+        long_ago = time.monotonic() - limits.MAX_IDLE_SECONDS
+        for session in [session for session, visit in self._open.items() if visit.seen < long_ago]:
+            self._open.pop(session).end()
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
         with self._lock:
-            visit = self._open.pop(request.session_hash or "nobody", None)
+            visit = self._open.pop(request.session_hash or "", None)
         if visit is not None:
             visit.end()

@@ -1,0 +1,116 @@
+"""The tab of concepts: what there is, what is inside each, and one's own to add, change, take away and remove."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from iteris_sd import bases
+from iteris_sd.concepts import Concept, Library
+from iteris_sd.errors import UserError
+from iteris_sd.ui import form as forms
+from iteris_sd.ui import jobs, own, results
+from iteris_sd.ui.inline import thumbnail
+from iteris_sd.ui.own import Own
+from iteris_sd.ui.visits import Visits
+
+_SIDE = 96  # of a reference picture in pixels
+_SILENT: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+
+
+@dataclass(frozen=True)
+class Tab:
+    """The widgets."""
+
+    which: gr.Dropdown
+    told: gr.HTML
+    own: Own
+
+
+def layout(library: Library) -> Tab:
+    """Lay the tab out."""
+    with gr.Row(elem_id="shelf"):
+        with gr.Column(scale=1, min_width=320):
+            forms.title(
+                "Your own concepts", "Added here, they can be picked under Compose, and are there next time."
+            )
+            mine = own.layout()
+        with gr.Column(scale=1, min_width=320):
+            forms.title("What is inside", "Any concept of the library, its reference pictures and its file.")
+            which = gr.Dropdown(names(library), value=None, label="Concept", elem_id="look-at")
+            told = forms.markup("", elem_id="inside")
+    return Tab(which, told, mine)
+
+
+def names(library: Library) -> list[tuple[str, str]]:
+    """All concepts of a library, each with the base model it is for."""
+    return [
+        (f"{concept.title} ({bases.find(concept.base).title})", concept.name)
+        for concept in library.concepts.values()
+    ]
+
+
+def wire(visits: Visits, tab: Tab) -> None:
+    """Make the looking work."""
+
+    def look(name: str | None, request: gr.Request) -> str:
+        concept = visits.of(request).library.concepts.get(name or "")
+        return "" if concept is None else inside(concept)
+
+    tab.which.change(look, tab.which, tab.told, api_name="look_at", **_SILENT)
+
+
+def inside(concept: Concept) -> str:
+    """What a concept says of itself, its pictures, and what its file holds."""
+    facts = {
+        "Name": concept.name,
+        "Trigger": concept.trigger,
+        "Class noun": concept.class_noun,
+        "Base model": bases.find(concept.base).title,
+        "Weight to begin with": f"{concept.weight:g}",
+        "Description": concept.description,
+        "Licence": concept.licence,
+        "From": concept.source,
+    }
+    try:
+        facts |= _file(concept)
+        problem = ""
+    except UserError as error:
+        problem = results.problem(str(error))
+    lines = "".join(f"<dt>{escape(key)}</dt><dd>{escape(fact)}</dd>" for key, fact in facts.items() if fact)
+    return f'<div class="pictures-row">{_pictures(concept)}</div><dl class="facts">{lines}</dl>{problem}'
+
+
+def _file(concept: Concept) -> Mapping[str, str]:
+    """What `inspect` finds in a concept's file."""
+    jobs.bring_in()
+    from iteris_sd import inspecting
+
+    found = inspecting.describe(concept.lora)
+    parts = [
+        f"{part}: {told.layers} layers of rank {', '.join(map(str, told.ranks))}"
+        for part, told in found.parts.items()
+    ]
+    norms = [f"{block} {norm:.3g}" for block, norm in found.blocks.items()]
+    return {
+        "File": f"{concept.lora.name}, {found.format}, for {found.family}",
+        "Layers": "; ".join(parts),
+        "Strength by block, ‖ΔW‖": "; ".join(norms),
+        "Learned tokens": ", ".join([*found.tokens, *(path.stem for path in concept.embeddings)]),
+    }
+
+
+def _pictures(concept: Concept) -> str:
+    shown = []
+    for k, path in enumerate(concept.references, start=1):
+        try:
+            uri = thumbnail(path, path.stat().st_mtime_ns, _SIDE)
+        except OSError:
+            continue
+        alt = escape(f"Reference picture {k} of {concept.title}", quote=True)
+        shown.append(f'<img src="{uri}" alt="{alt}" width="{_SIDE}" height="{_SIDE}">')
+    return "".join(shown)

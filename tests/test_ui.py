@@ -1,0 +1,314 @@
+"""What the page makes of what stands in its widgets, and of what came of it: without a browser."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iteris_sd import bases, limits
+from iteris_sd.concepts import Concept, Library
+from iteris_sd.errors import UserError
+from iteris_sd.history import History
+from iteris_sd.recipe import Recipe
+from iteris_sd.ui import asking, form, jobs, picker, results, takeaway, visits, why
+from iteris_sd.ui.picker import Use
+from iteris_sd.ui.takeaway import Drawn
+
+LIBRARY = Library(
+    {
+        name: Concept(name, f"My {name}", f"<{name}> {name}", name, Path("x.safetensors"), weight=weight)
+        for name, weight in (("dog", 1.0), ("barn", 0.7), ("cat", 1.0))
+    }
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["dog", "barn", "cat"]),
+    lambda inner: (
+        st.lists(inner, max_size=9)
+        | st.dictionaries(st.sampled_from(["name", "on", "weight", "blocks", "down"]), inner)
+    ),
+    max_leaves=20,
+)
+
+
+def recipe(**changes: Any) -> Recipe:
+    told: dict[str, Any] = {
+        "concepts": [{"name": "dog"}, {"name": "barn"}],
+        "prompt": "a {0} next to a {1}",
+        "methods": [{"name": name} for name in ("base", "linear", "iteris")],
+        "seeds": [3, 4],
+    }
+    return Recipe.of(told | changes)
+
+
+@given(JSON)
+def test_whatever_a_browser_sends_only_concepts_that_there_are_are_read(sent: Any) -> None:
+    uses = picker.read(sent, LIBRARY)
+    names = [use.name for use in uses]
+    assert set(names) <= set(LIBRARY.concepts) and len(set(names)) == len(names) <= limits.MAX_CONCEPTS
+    for use in uses:
+        try:
+            Recipe.of({"concepts": [picker.asked(use)], "prompt": "a {0}"})
+        except UserError as error:
+            assert str(error)
+
+
+def test_what_the_picker_sends_is_read_as_it_was() -> None:
+    uses = [
+        Use("barn", True, 0.7),
+        Use("dog", False, 2.0, {"text_encoder": 0.0, "down": 1, "mid": 1, "up": 1}),
+    ]
+    assert picker.read([use.plain() for use in uses], LIBRARY) == uses
+    assert picker.asked(uses[0]) == {"name": "barn", "weight": 0.7}
+    assert picker.asked(uses[1])["blocks"]["text_encoder"] == 0.0
+
+
+def test_concepts_begin_with_their_own_weight() -> None:
+    assert picker.of_names(["barn", "unicorn"], LIBRARY) == [Use("barn", weight=0.7)]
+
+
+def test_those_switched_off_become_class_nouns_and_the_others_are_numbered_anew() -> None:
+    uses = [Use("dog", on=False), Use("barn"), Use("cat")]
+    prompt, on = form._without_those_off("a {0}, a {1} and a {2}", uses, LIBRARY)
+    assert prompt == "a dog, a {0} and a {1}" and [use.name for use in on] == ["barn", "cat"]
+    with pytest.raises(UserError, match="All picked concepts are switched off"):
+        form._without_those_off("a {0}", [Use("dog", on=False)], LIBRARY)
+    with pytest.raises(UserError, match="more places than concepts are picked"):
+        form._without_those_off("a {7}", uses, LIBRARY)
+
+
+def test_the_prompt_is_read_with_a_word_on_what_will_not_come_out_as_meant() -> None:
+    both = picker.of_names(["dog", "barn"], LIBRARY)
+    assert (
+        form.read_as("a {0} by a {1}", both, LIBRARY)
+        == "<p>Reads: a &lt;dog&gt; dog by a &lt;barn&gt; barn</p>"
+    )
+    assert "Not in the prompt: My barn." in form.read_as("a {0}", both, LIBRARY)
+    assert "pick the LoRA as a concept" in form.read_as("a {0} and a {1} <lora:x:1>", both, LIBRARY)
+    assert "more places than concepts" in form.read_as("a {2}", both, LIBRARY)
+    same = replace(LIBRARY.concepts["barn"], trigger="<DOG> dog")
+    twins = Library({**LIBRARY.concepts, "barn": same})
+    assert "Several concepts have the trigger &lt;dog&gt; dog" in form.read_as("a {0} and a {1}", both, twins)
+    off = [Use("dog"), Use("barn", on=False)]
+    assert form.read_as("a {0} by a {1}", off, LIBRARY) == "<p>Reads: a &lt;dog&gt; dog by a barn</p>"
+
+
+def test_sets_come_with_what_is_lacking() -> None:
+    samples = [row[0] for row in form.set_samples(LIBRARY, bases.find("storybook"))]
+    assert samples[0] in ("Cat and barn", "Dog and barn") and any(
+        "(lacks flower)" in text for text in samples
+    )
+    lacking = [text for text in samples if "(lacks " in text]
+    assert samples[-len(lacking) :] == lacking
+    assert all(form.set_named(text) is not None for text in samples)
+    assert form.set_named("nonsense") is None
+
+
+def test_methods_are_all_offered_once() -> None:
+    offered = [name for names in asking.METHOD_GROUPS.values() for name in names]
+    assert sorted(offered) == sorted(asking.METHOD_CHOICES)
+
+
+# ---------------------------------------------------------------- results
+
+
+def drawn(method: str, seed: int, text: float, scene: str = "") -> Drawn:
+    return Drawn(scene, method, seed, Path(f"/x/{method} {seed}.png"), {"text": text, "image:dog": 0.5})
+
+
+def test_a_grid_has_what_is_there_and_previews_of_what_is_not() -> None:
+    preview = jobs.Preview("", {("linear", 3): "data:x"})
+    shown = results.composition(recipe(), [drawn("base", 3, 0.8)], preview)
+    assert [column["id"] for column in shown["columns"]] == ["base", "linear", "iteris"]
+    assert [row["title"] for row in shown["rows"]] == ["3", "4"]
+    assert shown["cells"]["3|base"]["url"] == "gradio_api/file=/x/base%203.png"
+    assert shown["cells"]["3|base"]["alt"].startswith(
+        "Base model, seed 3: a {0} next to a {1}. Alignment: text 0.80"
+    )
+    assert shown["previews"] == {"3|linear": "data:x"}
+    assert results.composition(recipe(), [], jobs.Preview("dog", {("linear", 3): "x"}))["previews"] == {}
+
+
+def test_retention_has_a_row_for_each_concept_and_seed() -> None:
+    asked = recipe(retention=1)
+    assert results.retention(recipe(), []) is None
+    shown = results.retention(asked, [drawn("alone:dog", 3, 0.8, "dog"), drawn("iteris", 3, 0.7, "barn")])
+    assert shown is not None
+    assert [column["title"] for column in shown["columns"]] == ["Its own LoRA", "Linear", "IterIS"]
+    assert [row["id"] for row in shown["rows"]] == ["dog 3", "barn 3"]
+    assert set(shown["cells"]) == {"dog 3|own", "barn 3|iteris"}
+    assert shown["cells"]["dog 3|own"]["title"] == "Its own LoRA, seed 3"
+
+
+def row(method: str, low: float | None, high: float | None) -> dict[str, Any]:
+    mean = 0.5 if low is None or high is None else (low + high) / 2
+    return {"method": method, "measure": "text", "n": 2, "mean": mean, "low": low, "high": high}
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([row("linear", 0.1, 0.3), row("iteris", 0.4, 0.6)], "iteris"),
+        ([row("linear", 0.1, 0.4), row("iteris", 0.4, 0.6)], None),
+        ([row("linear", 0.1, 0.5), row("iteris", 0.4, 0.6)], None),
+        ([row("linear", None, None), row("iteris", None, None)], None),
+        ([row("iteris", 0.4, 0.6)], None),
+    ],
+)
+def test_a_method_is_best_only_where_its_interval_meets_no_other(
+    rows: list[dict[str, Any]], best: str | None
+) -> None:
+    assert results._best(rows) == best
+    table = results.summary(recipe(), {"scorer": "S", "summary": rows, "paired": []})
+    assert table.count("<strong>") == (best is not None)
+
+
+def test_the_summary_tells_differences_only_where_there_are_some() -> None:
+    scores = {"scorer": "S <1>", "summary": [row("linear", 0.1, 0.3)], "paired": []}
+    assert "Differences to" not in results.summary(recipe(), scores)
+    assert "S &lt;1&gt;" in results.summary(recipe(), scores)
+    paired = [row("iteris", -0.1, 0.3) | {"to": "linear"}]
+    told = results.summary(recipe(), {**scores, "paired": paired})
+    assert "Difference to Linear" in told and "+0.100" in told and "-0.10 to +0.30" in told
+
+
+def test_progress_tells_the_time_that_is_left() -> None:
+    state = jobs.State(phase="running", stage="Drawing Linear, seed 3", done=5, total=20, left=41.7)
+    told = results.progress(recipe(), state)
+    assert "Picture 1 of 6, step 5 of 20, about 42 s left" in told
+    sampling = jobs.State(phase="running", stage="Sampling <x>", done=5, total=20, left=300)
+    assert "this step about 5 min left" in results.progress(recipe(), sampling)
+    assert "Sampling &lt;x&gt;" in results.progress(recipe(), sampling)
+    assert "2 before you" in results.progress(recipe(), jobs.State(before=2))
+
+
+def test_a_clock_knows_the_rest_from_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = jobs.Clock()
+    assert clock.left("Drawing", 10, 100) is None
+    now[0] = 2.0
+    assert clock.left("Drawing", 20, 100) == pytest.approx(16.0)
+    assert clock.left("Merging", 0, 4) is None
+
+
+def test_tables_of_why_escape_what_they_are_told() -> None:
+    told = why.tables(
+        {
+            "concepts": ["<b>"],
+            "served": [{"method": "linear", "residual": None, "discrepancy": 0.25, "shares": {"<b>": 0.5}}],
+            "touched": [],
+            "calibrated": [],
+            "seconds": {"loading": 1.0},
+        }
+    )
+    assert "<b>" not in told and "Share of &lt;b&gt;" in told and "50 %" in told and "1.00 s" in told
+
+
+# ---------------------------------------------------------------- turns
+
+
+class _Slow(jobs.Work):
+    """Work that notes when it began and waits to be let go."""
+
+    order: list[str] = []
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(recipe(), LIBRARY, folder)
+        self.name, self.go = name, threading.Event()
+
+    def _begin(self) -> None:
+        if self._stopping.is_set():
+            self.tell(phase="stopped")
+            return
+        self.order.append(self.name)
+        self.go.wait(10)
+        self.tell(phase="done")
+
+
+def test_work_is_done_in_turn_and_what_waits_can_be_stopped_at_once(tmp_path: Path) -> None:
+    _Slow.order = []
+    one, two, three = (_Slow(name, tmp_path) for name in ("one", "two", "three"))
+    for work in (one, two, three):
+        work.start()
+        time.sleep(0.05)
+    assert _Slow.order == ["one"] and not two.ended
+    two.stop()
+    assert two.wait(5) and two.state.phase == "stopped"
+    one.go.set()
+    assert one.wait(5)
+    three.go.set()
+    assert three.wait(5)
+    assert _Slow.order == ["one", "three"]
+
+
+def test_an_error_inside_is_told_without_its_details(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = _Slow("x", tmp_path)
+    monkeypatch.setattr(work, "_begin", lambda: 1 / 0)
+    work.start()
+    assert work.wait(5) and work.state.phase == "failed"
+    assert "ZeroDivisionError" not in work.state.message and "ZeroDivisionError" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- visits
+
+
+def asking_as(session: str | None) -> Any:
+    return SimpleNamespace(session_hash=session)
+
+
+def test_visits_are_told_apart_and_those_long_idle_go_with_their_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    open_ones = visits.Visits(LIBRARY)
+    one, other = open_ones.of(asking_as("a")), open_ones.of(asking_as("b"))
+    assert one is not other and open_ones.of(asking_as("a")) is one
+    nameless = open_ones.of(asking_as(None)), open_ones.of(asking_as(None))
+    assert nameless[0] is not nameless[1]
+    assert len(list(open_ones.root.iterdir())) == 4
+    other.seen -= limits.MAX_IDLE_SECONDS + 1
+    assert open_ones.of(asking_as("a")) is one
+    for _ in range(50):
+        if len(list(open_ones.root.iterdir())) == 3:
+            break
+        time.sleep(0.1)
+    assert len(list(open_ones.root.iterdir())) == 3
+    open_ones.leave(asking_as("a"))
+    assert open_ones.of(asking_as("a")) is not one
+
+
+def test_a_public_visitor_has_concepts_and_a_history_of_their_own(tmp_path: Path) -> None:
+    public = visits.Visits(LIBRARY)
+    one, other = public.of(asking_as("a")), public.of(asking_as("b"))
+    assert one.history.folder != other.history.folder
+    own = visits.Visits(LIBRARY, history=History(tmp_path))
+    assert own.of(asking_as("a")).history is own.of(asking_as("b")).history
+
+
+def test_scores_that_were_changed_by_hand_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    good = {"text": 0.8, "text_cosine": 0.3, "images": {}, "minimum": None, "mean": None}
+    told = {
+        "file": "../../a.png",
+        "scene": "",
+        "method": "linear",
+        "seed": 3,
+        "flagged": False,
+        "scores": good,
+    }
+    (one,) = takeaway.drawn_before({"pictures": [told]}, tmp_path)
+    assert one.path == tmp_path / "a.png" and one.measures == {"text": 0.8, "text_cosine": 0.3}
+    assert takeaway.drawn_before({"pictures": [told | {"file": "gone.png"}]}, tmp_path) == ()
+    assert takeaway.drawn_before(None, tmp_path) == ()
+    for broken in ({"file": "a.png"}, told | {"scores": {"surprise": 1}}, 3):
+        with pytest.raises(UserError, match="not as they are written here"):
+            takeaway.drawn_before({"pictures": [broken]}, tmp_path)

@@ -164,17 +164,48 @@ def contested(loras: Sequence[LoRA], method: str, parameters: Mapping[str, Any])
     return shares(loras, chosen, settings).contested
 
 
+def measuring(
+    modules: Mapping[str, nn.Module],
+    loras: Sequence[LoRA],
+    merged: LoRA,
+    samples: Samples,
+    most_bytes: int = limits.MAX_MOMENT_BYTES,
+) -> Generator[Progress, None, tuple[LayerReport, ...]]:
+    """How well ``merged``, made by whatever method, serves every layer of several LoRAs: no solve.
+
+    Layers are measured in groups whose moments fit into ``most_bytes``, a pass for each; yields after every
+    micro-batch. Weights are those of eq. 8, so that methods can be compared. Moments are in the inputs' own dtype,
+    float32 at least: nothing is solved here that would need more. Raises UserError as ``merge`` does.
+    """
+    problem = _Problem(modules, Shares(loras), samples, len(loras), exact=False)
+    groups, reports = _groups(problem, most_bytes), dict[str, LayerReport]()
+    for k, group in enumerate(groups):
+        progress = Progress(f"pass {k + 1} of {len(groups)}", k, len(groups))
+        sites = yield from _gathered(problem, merged, progress, group)
+        reports |= {name: _measured(problem, name, site, merged[name]) for name, site in sites.items()}
+    return tuple(reports.values())
+
+
 def measure(
     modules: Mapping[str, nn.Module], loras: Sequence[LoRA], merged: LoRA, samples: Samples
 ) -> tuple[LayerReport, ...]:
-    """How well ``merged``, made by whatever method, serves every layer of several LoRAs: one pass, no solve.
+    """``measuring`` run to its end."""
+    return finish(measuring(modules, loras, merged, samples))
 
-    Weights are those of eq. 8, so that methods can be compared. Moments are in the inputs' own dtype, float32 at least:
-    nothing is solved here that would need more. Raises UserError as ``merge`` does.
-    """
-    problem = _Problem(modules, Shares(loras), samples, len(loras), exact=False)
-    sites = finish(_gathered(problem, merged, Progress("measuring", 0, 1)))
-    return tuple(_measured(problem, name, site, merged[name]) for name, site in sites.items())
+
+def _groups(problem: "_Problem", most_bytes: int) -> list[frozenset[str]]:
+    """The contested layers in order, in groups whose moments take at most so many bytes, as if they shared none."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in (name for name in problem.participants if name in problem.contested):
+        width, who = problem.adapters(name)[0].shape[1], problem.participants[name]
+        size = 3 * len(who) * width**2 * 4
+        if not groups or size > room:
+            groups.append([])
+            room = most_bytes
+        groups[-1].append(name)
+        room -= size
+    return [frozenset(group) for group in groups]
 
 
 def finish(work: Generator[Any, None, T]) -> T:
@@ -248,12 +279,13 @@ class _Problem:
         merged: Mapping[str, LowRank] | None,
         arrive: Callable[[str, MicroBatch], None] | None = None,
         frontier: Frontier | None = None,
+        wanted: frozenset[str] | None = None,
     ) -> Capture:
-        """A capture of the inputs of all contested layers."""
+        """A capture of the inputs of all contested layers, or of those ``wanted``."""
         return Capture(
             self.modules,
             self.loras,
-            self.contested,
+            self.contested if wanted is None else wanted,
             merged,
             arrive,
             self.given_samples(),
@@ -377,7 +409,7 @@ def _sweep(
         for one in work.values():
             one.close()
         frontier.close()
-    _require_all(problem, outcomes)
+    _require_all(problem, outcomes, problem.contested)
     return outcomes
 
 
@@ -407,22 +439,26 @@ def _iterate(
 
 
 def _gathered(
-    problem: _Problem, merged: Mapping[str, LowRank] | None, progress: Progress
+    problem: _Problem,
+    merged: Mapping[str, LowRank] | None,
+    progress: Progress,
+    wanted: frozenset[str] | None = None,
 ) -> Generator[Progress, None, Mapping[str, Site]]:
-    """The site of every contested layer, all samples in it; X̃ = X where ``merged`` is None."""
-    capture, samples = problem.capture(merged), problem.given_samples()
+    """The site of every contested layer, or of those ``wanted``, all samples in it; X̃ = X where ``merged`` is None."""
+    wanted = problem.contested if wanted is None else wanted
+    capture, samples = problem.capture(merged, wanted=wanted), problem.given_samples()
     yield progress
     with capture.hooked():
         for batch in samples.batches()[:-1]:
             capture.run(samples, batch)
             yield progress
         capture.run(samples, samples.batches()[-1])
-    _require_all(problem, capture.sites)
+    _require_all(problem, capture.sites, wanted)
     return capture.sites
 
 
-def _require_all(problem: _Problem, reached: Mapping[str, Any]) -> None:
-    missing = [name for name in problem.participants if name in problem.contested and name not in reached]
+def _require_all(problem: _Problem, reached: Mapping[str, Any], wanted: frozenset[str]) -> None:
+    missing = [name for name in problem.participants if name in wanted and name not in reached]
     if missing:
         raise UserError(
             f"The samples do not reach {len(missing)} of the layers to merge ({missing[0]} is one); "

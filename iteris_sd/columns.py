@@ -16,7 +16,6 @@ from iteris_sd.lora import LoRA
 from iteris_sd.recipe import BASE_COLUMN, Recipe, alone, fill
 
 if TYPE_CHECKING:
-    from iteris_sd.calibration import Merged
     from iteris_sd.concepts import Loaded
 
 _OF_ONE = "a {} {}"  # what retention draws: one concept at the first place that the base model knows
@@ -37,25 +36,23 @@ def weighted(recipe: Recipe, picked: Sequence[Loaded]) -> list[LoRA]:
     return [one.lora.scaled(use.weight).scaled_by_block(dict(use.blocks)) for one, use in uses]
 
 
-def of_grid(recipe: Recipe, picked: Sequence[Loaded], merged: Mapping[str, Merged]) -> list[Column]:
-    """The columns of a composition, in the recipe's order."""
+def of_grid(recipe: Recipe, picked: Sequence[Loaded], adapters: Mapping[str, LoRA]) -> list[Column]:
+    """The columns of a composition, in the recipe's order; `adapters`: by method, as strong as they are drawn."""
     whole, loras = prompt_with_triggers(recipe, picked), weighted(recipe, picked)
-    own = {
-        alone(one.concept.name): Column(
-            alone(one.concept.name), lora, prompt_without(recipe, [p for p in picked if p is not one], picked)
-        )
-        for one, lora in zip(picked, loras, strict=True)
-    }
-    every = {BASE_COLUMN: Column(BASE_COLUMN, None, prompt_for_base(recipe, picked)), **own}
-    every |= {name: Column(name, one.lora.scaled(recipe.strength), whole) for name, one in merged.items()}
+    every = {BASE_COLUMN: Column(BASE_COLUMN, None, prompt_for_base(recipe, picked))}
+    for use, one, lora in zip(recipe.concepts, picked, loras, strict=True):
+        prompt = prompt_without(recipe, [other for other in picked if other is not one], picked)
+        every[alone(use.name)] = Column(alone(use.name), lora, prompt)
+    every |= {name: Column(name, lora, whole) for name, lora in adapters.items()}
     return [every[name] for name in recipe.columns]
 
 
-def of_retention(recipe: Recipe, one: Loaded, lora: LoRA, merged: Mapping[str, Merged]) -> list[Column]:
-    """What one concept alone is drawn by: its own `lora`, and each merged adapter."""
+def of_retention(
+    recipe: Recipe, name: str, one: Loaded, lora: LoRA, adapters: Mapping[str, LoRA]
+) -> list[Column]:
+    """What one concept alone, which the recipe calls `name`, is drawn by: its own `lora`, and each merged adapter."""
     prompt = _OF_ONE.format(prompting.escaped(one.concept.trigger), bases.find(recipe.base).places[0])
-    kept = [Column(name, made.lora.scaled(recipe.strength), prompt) for name, made in merged.items()]
-    return [Column(alone(one.concept.name), lora, prompt), *kept]
+    return [Column(alone(name), lora, prompt), *(Column(m, made, prompt) for m, made in adapters.items())]
 
 
 def prompt_with_triggers(recipe: Recipe, picked: Sequence[Loaded]) -> str:
@@ -70,7 +67,8 @@ def prompt_for_base(recipe: Recipe, picked: Sequence[Loaded]) -> str:
 
 def prompt_without(recipe: Recipe, unknown: Sequence[Loaded], picked: Sequence[Loaded]) -> str:
     """The prompt for a model that does not know the concepts `unknown`, which are some of the `picked` ones."""
-    return _in_nouns(prompt_with_triggers(recipe, picked), unknown)
+    known = [one for one in picked if one not in unknown]
+    return _in_nouns(prompt_with_triggers(recipe, picked), unknown, known)
 
 
 def prompt_in_plain_words(recipe: Recipe, picked: Sequence[Loaded]) -> str:
@@ -83,7 +81,8 @@ def in_plain_words(column: Column, one: Loaded) -> str:
     return prompting.plain(_in_nouns(column.prompt, [one]))
 
 
-def _in_nouns(prompt: str, unknown: Sequence[Loaded]) -> str:
+def _in_nouns(prompt: str, unknown: Sequence[Loaded], known: Sequence[Loaded] = ()) -> str:
+    """The prompt with class nouns for the triggers of concepts that are `unknown`, but not within those `known`."""
     plain: dict[str, str] = {}
     for one in unknown:
         plain |= {prompting.escaped(token.lower()): one.concept.class_noun for token in one.tokens}
@@ -91,8 +90,12 @@ def _in_nouns(prompt: str, unknown: Sequence[Loaded]) -> str:
         plain[prompting.escaped(one.concept.trigger.lower())] = one.concept.class_noun
     if not plain:
         return prompt
-    longest_first = sorted(plain, key=len, reverse=True)
-    known = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in longest_first)
-    return re.sub(
-        known, lambda words: prompting.escaped(plain[words[0].lower()]), prompt, flags=re.IGNORECASE
-    )
+    kept = {prompting.escaped(words.lower()) for one in known for words in (one.concept.trigger, *one.tokens)}
+    longest_first = sorted({*plain, *kept}, key=len, reverse=True)
+    found = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in longest_first)
+
+    def said(words: re.Match[str]) -> str:
+        noun = plain.get(words[0].lower())
+        return words[0] if noun is None or words[0].lower() in kept else prompting.escaped(noun)
+
+    return re.sub(found, said, prompt, flags=re.IGNORECASE)

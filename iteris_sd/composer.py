@@ -105,11 +105,14 @@ def _scenes(
 ) -> list[_Scene]:
     """The composition, and each concept alone where that was asked for."""
     whole = prompt_in_plain_words(recipe, picked)
-    scenes = [_Scene("", of_grid(recipe, picked, merged), recipe.seeds, whole, references)]
-    for one, lora in zip(picked, weighted(recipe, picked), strict=True):
-        name, columns = one.concept.name, of_retention(recipe, one, lora, merged)
-        own = {name: references[name]} if name in references else {}
-        scenes.append(_Scene(name, columns, recipe.retained, in_plain_words(columns[0], one), own))
+    adapters = {name: one.lora.scaled(recipe.strength) for name, one in merged.items()}
+    scenes = [_Scene("", of_grid(recipe, picked, adapters), recipe.seeds, whole, references)]
+    if not recipe.retained:
+        return scenes
+    for use, one, lora in zip(recipe.concepts, picked, weighted(recipe, picked), strict=True):
+        columns = of_retention(recipe, use.name, one, lora, adapters)
+        own = {name: shown for name, shown in references.items() if name == one.concept.name}
+        scenes.append(_Scene(use.name, columns, recipe.retained, in_plain_words(columns[0], one), own))
     return scenes
 
 
@@ -155,8 +158,8 @@ def _draw(
     places = [(column, seed) for column in columns for seed in seeds]
 
     def told(step: rendering.Step) -> Progress:
-        seen = previewer.look(step.clean) if previewer else ()
-        shown = {(column.name, seed): one for (column, seed), one in zip(places, seen, strict=False)}
+        seen, there = previewer.look(step.clean) if previewer else (), places[step.first :]
+        shown = {(column.name, seed): one for (column, seed), one in zip(there, seen, strict=False)}
         return Progress(stage, step.done, recipe.steps, Preview(scene.name, shown) if shown else None)
 
     looks = [rendering.Look(column.prompt, column.lora) for column in columns]

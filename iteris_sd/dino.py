@@ -66,7 +66,12 @@ def load(device: torch.device, *, usual: bool) -> Dino | None:
         if not told:
             return None
         folder = _fetched()
-    return opened(folder, device)
+    try:
+        return opened(folder, device)
+    except UserError:
+        if told:
+            raise
+        return None  # nobody asked for it
 
 
 def opened(folder: Path, device: torch.device) -> Dino:

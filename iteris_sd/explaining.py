@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iteris_sd import diagnostics, limits
+from iteris_sd.errors import UserError
 from iteris_sd.events import Event, MergeDone, Progress
 from iteris_sd.merging import registry
 from iteris_sd.recipe import Recipe, title
@@ -157,8 +158,11 @@ def explain(recipe: Recipe, library: Library, iterations: int = 8) -> Generator[
     changes: tuple[Change, ...] = ()
     if calibration.contested(loras, "iteris", own):
         work = merger.merge_all(printed, library)
-        _, again = yield from clock.timed(work, printed, f", {iterations} iterations")
-        changes = again["iteris"].changes
+        with suppress(
+            UserError
+        ):  # it holds all moments at once, which memory may not suffice for; the sweep has run
+            _, again = yield from clock.timed(work, printed, f", {iterations} iterations")
+            changes = again["iteris"].changes
     shares = Shares(loras)
     return Explanation(
         recipe,

@@ -6,6 +6,7 @@ A folder or a pair of files is made beside its place and then moved there, so th
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -96,8 +97,9 @@ def write_lora(
     """Write a LoRA to `path` and the learned tokens as `<name>.embeddings/<token>.safetensors`: all or nothing.
 
     The two travel apart, unless `form` bundles them, because diffusers refuses a LoRA file that carries tokens; loaded
-    together, they draw our picture there. Returns the files written. Raises UserError when the path has an ending that
-    does not suit the form, a number does not fit the precision, or nothing can be written.
+    together, they draw our picture there, at the strength that the recipe names. Returns the files written. Raises
+    UserError when the path has an ending that does not suit the form, a number does not fit the precision, or nothing
+    can be written.
     """
     import torch
 
@@ -132,6 +134,7 @@ def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) ->
             "trigger": c.concept.trigger,
             "licence": c.concept.licence,
             "weight": use.weight,
+            "blocks": use.blocks.model_dump(),
             "file": c.concept.lora.name,
             "sha256": c.sha256,
         }
@@ -163,8 +166,13 @@ def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) ->
 
 def picture_name(picture: Picture) -> str:
     """The name of a picture's file."""
-    scene = f"retention-{picture.scene}_" if picture.scene else ""
-    return re.sub(r"[^\w.-]+", "-", f"{scene}{picture.method}_seed{picture.seed}.png")
+    scene = f"retention-{_short(picture.scene)}_" if picture.scene else ""
+    return re.sub(r"[^\w.-]+", "-", f"{scene}{_short(picture.method)}_seed{picture.seed}.png")
+
+
+def _short(name: str) -> str:
+    """A name as part of a file's: a long one cut, and told apart by a digest, since files' names have 255 bytes."""
+    return name if len(name) <= 40 else f"{name[:24]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def picture_png(picture: Picture, recipe: Recipe) -> bytes:

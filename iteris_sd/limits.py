@@ -16,6 +16,9 @@ MAX_TOKEN_CHARS = 128  # a learned token is one word of a prompt
 
 # The page
 MAX_WAITING = 32  # requests in the queue; more would wait longer than anybody does
+GRACE_SECONDS = 10  # that a page may be without a connection before its work is stopped and its files go
+MAX_VISITS = 256  # open at once; each has files
+MAX_CALLS = 8  # of programs at once, so that pages are not kept waiting by them alone
 MAX_IDLE_SECONDS = (
     6 * 3600
 )  # of a visit whose page was not seen to close, as programs' never are; then its files go
@@ -30,6 +33,7 @@ MAX_CHECKPOINT_BYTES = 16 * 1024**3  # SD v1.5 with its EMA in fp32 is 8 GB
 MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper caps at 20
 MAX_REMEMBERED_BYTES = 1024**3  # merges and samples kept for the next time: a few large ones, many small ones
 MAX_FRONTIER_BYTES = 4 * 1024**3  # what waiting micro-batches may hold in memory; the rest goes to disk
+MAX_MOMENT_BYTES = 2 * 1024**3  # of layers measured in one pass; SD v1.5 whole would take ten times as much
 MAX_COEFFICIENT = 1e3  # a larger ratio silences the other concepts altogether
 
 ROUGH_ALPHA = 1e-5  # from here on a regularisation is a hundred times the rounding of a float32 Gram matrix

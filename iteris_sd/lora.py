@@ -160,10 +160,14 @@ class LoRA(Mapping[str, LowRank]):
 
     def scaled(self, c: float) -> "LoRA":
         """c·ΔW in every layer: a concept's *weight*."""
+        if c == 1.0:
+            return self
         return LoRA({name: adapter.scaled(c) for name, adapter in self.items()}, self.kernels)
 
     def scaled_by_block(self, weights: Mapping[str, float]) -> "LoRA":
         """ΔW times the weight of each layer's `block`; layers of a block with the weight 0 are left out."""
+        if all(weight == 1.0 for weight in weights.values()):
+            return self
         kept = {name: (adapter, weights[block(name)]) for name, adapter in self.items()}
         return LoRA({name: adapter.scaled(w) for name, (adapter, w) in kept.items() if w}, self.kernels)
 

@@ -103,14 +103,18 @@ def merged_by_all(
         else:
             yield Progress(f"Merging by {title(method.name)}", 0, 1)
             merged = yield from merge(backbone, recipe, picked, method, inputs)
+            _remember(key_of_merge(backbone, recipe, picked, method, measured=False), merged)
             if measured and inputs is not None:
-                yield Progress(f"Measuring {title(method.name)}", 0, 1)
-                merged = _measured(backbone, recipe, picked, merged, inputs)
-            factors = [factor for one in merged.lora.values() for factor in (one.down, one.up)]
-            _MERGES.put(keys[method.name], merged, bytes_of(factors))
+                merged = yield from _measured(backbone, recipe, picked, merged, inputs)
+                _remember(keys[method.name], merged)
         results[method.name] = merged
         yield MergeDone(method.name, merged, time.perf_counter() - since, remembered)
     return results
+
+
+def _remember(key: str, merged: Merged) -> None:
+    factors = [factor for one in merged.lora.values() for factor in (one.down, one.up)]
+    _MERGES.put(key, merged, bytes_of(factors))
 
 
 def merge(
@@ -153,13 +157,14 @@ def collect(
     text_only = samples.text_only(wanted)
     loras, found = weighted(recipe, picked), []
     for place, (one, lora) in enumerate(zip(picked, loras, strict=True)):
-        key = key_of_samples(backbone, recipe, place, one, text_only)
+        key = key_of_samples(backbone, recipe, picked, place, text_only)
         inputs = _SAMPLES.get(key)
         if inputs is None:
-            inputs = yield from _sampled(backbone, recipe, one, lora, text_only)
+            sampled = yield from _sampled(backbone, recipe, one, lora, text_only)
+            inputs = sampled.to("cpu")  # a GPU's memory is for what is at work
             tensors = (inputs.ids, inputs.latents, inputs.times)
             _SAMPLES.put(key, inputs, bytes_of([tensor for tensor in tensors if tensor is not None]))
-        found.append(inputs)
+        found.append(inputs.to(backbone.device))
     return found
 
 
@@ -199,13 +204,21 @@ def _within_memory(
 
 def _measured(
     backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded], merged: Merged, inputs: Sequence[Inputs]
-) -> Merged:
-    """The merge with what one pass tells of it."""
+) -> Generator[Progress, None, Merged]:
+    """The merge with what a pass more tells of it, or several."""
     from iteris_sd import calibration, diagnostics, samples
 
-    loras = weighted(recipe, picked)
-    fed = samples.for_merging(backbone, inputs, Shares(loras).contested, recipe.calibration.tokens_per_sample)
-    return diagnostics.with_measures(merged, calibration.measure(backbone.layers, loras, merged.lora, fed))
+    loras, seen = weighted(recipe, picked), recipe.calibration.tokens_per_sample
+    doing = f"Measuring {title(merged.method)}"
+    yield Progress(doing, 0, 1)
+
+    def attempt(parts: int) -> Any:
+        fed = samples.for_merging(backbone, inputs, Shares(loras).contested, seen, parts)
+        work = calibration.measuring(backbone.layers, loras, merged.lora, fed)
+        return relayed(work, lambda step: Progress(f"{doing}: {step.stage}", step.step, step.steps))
+
+    reports = yield from _within_memory(attempt, f"measuring {title(merged.method)}")
+    return diagnostics.with_measures(merged, reports)
 
 
 def _solved_for(

@@ -17,9 +17,10 @@ from torch import Tensor
 from iteris_sd import memory, rendering
 from iteris_sd.backbone import Backbone
 
-EVERY = 0.4  # seconds between two looks: decoding must not slow drawing much
+EVERY = 0.4  # seconds between two looks
+SHARE = 10  # a look may take one part in so many of the time, so that drawing is not slowed much
 SIDE = 256  # pixels of a preview at most
-_CHEAP = 1024  # latent pixels that a CPU decodes in a moment
+_CHEAP = 256  # latent pixels that a CPU decodes in a moment: those of Storybook
 
 
 class Previewer:
@@ -28,17 +29,18 @@ class Previewer:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
         self._map: Tensor | None = None  # (channels + 1, 3)
-        self._last = 0.0
+        self._next = 0.0  # when to look again
         self._blind = backbone.pipeline.safety_checker is not None
 
     def look(self, latents: Tensor) -> tuple[Image.Image, ...]:
         """Previews of latents (n, c, h, w), or none when it is too early for the next."""
-        now = time.monotonic()
-        if self._blind or now - self._last < EVERY:
+        since = time.monotonic()
+        if self._blind or since < self._next:
             return ()
-        self._last = now
         try:
-            return self._seen(latents)
+            seen = self._seen(latents)
+            self._next = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - since))
+            return seen
         except (RuntimeError, MemoryError) as error:
             if not memory.ran_out(error):
                 raise
@@ -46,7 +48,9 @@ class Previewer:
             return ()
 
     def _seen(self, latents: Tensor) -> tuple[Image.Image, ...]:
-        if self._backbone.device.type != "cpu" or latents.shape[-2:].numel() <= _CHEAP:
+        waits = hasattr(self._backbone.vae, "_hf_hook")  # in main memory, while the U-Net is on the GPU
+        on_gpu = self._backbone.device.type != "cpu" and not waits
+        if on_gpu or latents.shape[-2:].numel() <= _CHEAP:
             return tuple(_small(drawn.image) for drawn in rendering.decode(self._backbone, latents))
         if self._map is None:
             return ()

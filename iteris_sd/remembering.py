@@ -55,16 +55,22 @@ class Shelf(Generic[T]):
             self._held = 0
 
 
-def key_of_samples(backbone: Backbone, recipe: Recipe, place: int, one: Loaded, text_only: bool) -> str:
-    """What one concept's calibration samples depend on; `place`: which of the recipe's concepts it is."""
-    seen = [_model(backbone), _concept(recipe, place, one), _calibration(recipe), text_only]
+def key_of_samples(
+    backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded], place: int, text_only: bool
+) -> str:
+    """What the calibration samples of the concept at `place` depend on.
+
+    Also the tokens of all concepts, in order: samples are ids of tokens, and an id counts the tokens learned before.
+    """
+    words = [(token, len(vectors)) for one in picked for token, vectors in one.tokens.items()]
+    seen = [_model(backbone), _concept(recipe, place, picked[place]), words, _calibration(recipe), text_only]
     return _digest("samples", seen)
 
 
 def key_of_merge(
     backbone: Backbone, recipe: Recipe, picked: Sequence[Loaded], method: MethodUse, measured: bool
 ) -> str:
-    """What a merge depends on: files by their SHA-256, weights, the method with all its parameters, calibration."""
+    """What a merge depends on: LoRAs and tokens by the SHA-256 of what is in them, weights, method, calibration."""
     from iteris_sd.merging import registry
 
     chosen = registry.find(method.name)
@@ -84,17 +90,22 @@ def _model(backbone: Backbone) -> list[str]:
 
 
 def _concept(recipe: Recipe, place: int, one: Loaded) -> list[Any]:
+    # Of what was read, since a file's settings may stand in another.
+    layers = {name: [_bytes(factor) for factor in (a.down, a.up)] for name, a in one.lora.items()}
     tokens = {token: _bytes(vectors) for token, vectors in one.tokens.items()}
     use = recipe.concepts[place].model_dump(exclude={"name"})
-    return [one.sha256, tokens, one.concept.trigger, one.concept.class_noun, use]
+    return [layers, tokens, one.concept.trigger, one.concept.class_noun, use]
 
 
 def _calibration(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(include={"calibration", "guidance", "size", "clip_skip"})
 
 
-def _bytes(vectors: Tensor) -> str:
-    return hashlib.sha256(vectors.detach().float().cpu().numpy().tobytes()).hexdigest()
+def _bytes(tensor: Tensor) -> str:
+    import torch
+
+    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()
 
 
 def _digest(what: str, seen: Sequence[Any] | Mapping[str, Any]) -> str:

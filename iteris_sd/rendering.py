@@ -8,7 +8,8 @@ are much faster, several seeds are drawn together, and a picture may differ by r
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from inspect import signature
 
 import torch
@@ -70,10 +71,14 @@ class Drawn:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """`done` denoising steps; `clean`: what the last of them took the finished latents to be, (n, c, h, w)."""
+    """`done` denoising steps; `clean`: what the last of them took the finished latents to be, (n, c, h, w).
+
+    `first`: which of the pictures that were asked for the first row is, as they may be drawn in several parts.
+    """
 
     done: int
     clean: Tensor
+    first: int = 0
 
 
 def scheduler(backbone: Backbone, settings: Settings) -> SchedulerMixin:
@@ -130,8 +135,9 @@ def render(
             "use the device, or choose a smaller base model."
         )
     half = len(seeds) // 2
-    first = yield from render(backbone, prompt, negative, seeds[:half], settings)
-    return first + (yield from render(backbone, prompt, negative, seeds[half:], settings))
+    made = yield from render(backbone, prompt, negative, seeds[:half], settings)
+    rest = render(backbone, prompt, negative, seeds[half:], settings)
+    return made + (yield from _later(rest, half))
 
 
 def render_columns(
@@ -159,10 +165,23 @@ def render_columns(
                 raise
         memory.tidy()
     made = []
-    for look in looks:
+    for k, look in enumerate(looks):
         with backbone.prepared({}, look.lora):
-            made.append((yield from render(backbone, look.prompt, negative, seeds, settings)))
+            work = render(backbone, look.prompt, negative, seeds, settings)
+            made.append((yield from _later(work, k * len(seeds))))
     return made
+
+
+def _later(work: Generator[Step, None, list[Drawn]], first: int) -> Generator[Step, None, list[Drawn]]:
+    """The same work as a part of a larger one, which so many pictures come before in."""
+    with closing(work):
+        while True:
+            try:
+                step = next(work)
+            except StopIteration as stop:
+                made: list[Drawn] = stop.value
+                return made
+            yield replace(step, first=first + step.first)
 
 
 @torch.no_grad()

@@ -40,6 +40,11 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same samples on another device."""
+        latents, times = (None if t is None else t.to(device) for t in (self.latents, self.times))
+        return Inputs(self.ids.to(device), latents, times)
+
     def pictured(self) -> tuple[Tensor, Tensor]:
         """Latents and times; ValueError when there are none."""
         if self.latents is None or self.times is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from iteris_sd import columns, composer, export, limits, lora, merger, previewing, rendering
+from iteris_sd import calibration, columns, composer, export, limits, lora, merger, previewing, rendering
 from iteris_sd.backbone import Backbone
 from iteris_sd.calibration import finish
 from iteris_sd.concepts import Library
@@ -191,6 +192,7 @@ def test_previews_show_what_is_being_drawn_and_change_no_picture(
 ) -> None:
     plain = composed(recipe("base"))
     monkeypatch.setattr(previewing, "EVERY", 0.0)
+    monkeypatch.setattr(previewing, "SHARE", 0)
     found = list(composer.compose(recipe("base"), Library.shipped(), previews=True))
     shown = [event.preview for event in found if isinstance(event, Progress) and event.preview]
     assert [(one.scene, list(one.pictures)) for one in shown] == [("", [("base", 1)])] * 2
@@ -204,6 +206,7 @@ def test_where_decoding_is_dear_a_linear_map_learnt_from_the_last_picture_stands
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(previewing, "EVERY", 0.0)
+    monkeypatch.setattr(previewing, "SHARE", 0)
     monkeypatch.setattr(previewing, "_CHEAP", 0)
     previewer = previewing.Previewer(backbone)
     with backbone.prepared({}):
@@ -221,6 +224,7 @@ def test_a_preview_that_memory_does_not_suffice_for_costs_no_picture(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(previewing, "EVERY", 0.0)
+    monkeypatch.setattr(previewing, "SHARE", 0)
     previewer = previewing.Previewer(backbone)
 
     def scarce(*_: object) -> None:
@@ -233,6 +237,7 @@ def test_a_preview_that_memory_does_not_suffice_for_costs_no_picture(
 
 def test_nothing_unchecked_is_previewed(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previewing, "EVERY", 0.0)
+    monkeypatch.setattr(previewing, "SHARE", 0)
     monkeypatch.setattr(backbone.pipeline, "safety_checker", object())
     previewer = previewing.Previewer(backbone)
     assert previewer.look(torch.zeros(1, *backbone.latent_shape())) == ()
@@ -270,3 +275,83 @@ def test_where_few_seeds_leave_room_columns_are_drawn_together(
         assert other is not None
         assert np.abs(np.asarray(one.image, int) - np.asarray(other.image, int)).max() <= 1
         assert other.score.text == pytest.approx(one.score.text, abs=0.05)
+
+
+@pytest.mark.parametrize("second", [["barn", "dog"], ["cat", "dog"], ["cat", "barn"]])
+def test_samples_are_remembered_for_the_same_words_only(backbone: Backbone, second: list[str]) -> None:
+    """A learned token's id counts those learned before it: samples of another company of concepts are others."""
+    later = recipe("iteris", concepts=[{"name": name} for name in second])
+    wanted = composed(later).merged["iteris"].lora
+    merger.forget()
+    composed(recipe("iteris"))
+    found = composed(later).merged["iteris"].lora
+    for name, adapter in wanted.items():
+        assert torch.equal(adapter.down, found[name].down) and torch.equal(adapter.up, found[name].up)
+
+
+def test_samples_of_a_longer_vocabulary_do_not_serve_a_shorter_one(backbone: Backbone) -> None:
+    composed(recipe("iteris"))
+    dog, barn = merger.pick(recipe(), Library.shipped())
+    wordless = replace(dog, concept=replace(dog.concept, trigger="dog"), tokens={})
+    both = [barn, wordless]
+    asked = recipe("iteris", concepts=[{"name": "barn"}, {"name": "dog"}])
+    with backbone.prepared(merger.all_tokens(both)):
+        finish(merger.merged_by_all(backbone, asked, both))
+
+
+def test_a_lora_named_by_its_path_is_drawn_alone_and_retained(backbone: Backbone, tmp_path: Path) -> None:
+    file = tmp_path / "my_dog.safetensors"
+    file.write_bytes(Library.shipped().find("dog").lora.read_bytes())
+    own = replace(Library.shipped().find("cat"), name="my_dog", lora=file)
+    library = Library({str(file): own, **Library.shipped().concepts})
+    asked = recipe(concepts=[{"name": str(file)}, {"name": "barn"}], retention=1)
+    made = finish(composer.compose(asked, library))
+    assert [picture.method for picture in made.pictures] == list(asked.columns)
+    assert made.retained[0].scene == str(file) and set(made.retained[0].score.images) == {"my_dog"}
+    assert "/" not in export.picture_name(made.retained[0]).removeprefix("retention-")
+
+
+def test_a_trigger_within_another_does_not_spoil_it(backbone: Backbone) -> None:
+    dog, barn = merger.pick(recipe(), Library.shipped())
+    long = replace(dog, concept=replace(dog.concept, trigger="ohwx man"), tokens={})
+    short = replace(barn, concept=replace(barn.concept, trigger="ohwx"), tokens={})
+    asked, both = recipe(), [long, short]
+    assert columns.prompt_without(asked, [short], both) == "a ohwx man next to a barn"
+    assert columns.prompt_without(asked, [long], both) == "a dog next to a ohwx"
+    assert columns.prompt_for_base(asked, both) == "a dog next to a barn"
+
+
+def test_previews_stand_where_their_pictures_will(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(previewing, "EVERY", 0.0)
+    monkeypatch.setattr(previewing, "SHARE", 0)
+    monkeypatch.setattr(rendering, "together", lambda *_: 4)
+    forward = backbone.unet.forward
+
+    def scarce(latents: torch.Tensor, *rest: object, **more: object) -> object:
+        if len(latents) > 2:  # one picture under guidance
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(latents, *rest, **more)
+
+    monkeypatch.setattr(backbone.unet, "forward", scarce)
+    asked = recipe("base", "alone", seeds=[1, 2], steps=1)
+    found = list(composer.compose(asked, Library.shipped(), previews=True))
+    shown = [event.preview for event in found if isinstance(event, Progress) and event.preview]
+    places = [place for one in shown for place in one.pictures]
+    assert places == [(column, seed) for column in asked.columns for seed in (1, 2)]
+
+
+def test_want_of_memory_while_measuring_loses_no_merge(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> Iterator[None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(merger, "forget", lambda: None)  # what it lets go is another matter
+    monkeypatch.setattr(calibration, "measuring", never)
+    with pytest.raises(UserError, match="Memory ran out while measuring IterIS"):
+        finish(merger.merge_all(recipe("iteris"), Library.shipped(), measured=True))
+    made = [event.remembered for event in events(recipe("iteris")) if isinstance(event, MergeDone)]
+    assert made == [True]

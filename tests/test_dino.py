@@ -174,13 +174,18 @@ def test_a_repository_without_safetensors_is_told(fake: FakeHub) -> None:
         dino.load(CPU, usual=False)
 
 
-def test_broken_weights_are_told(cached: Path) -> None:
+def test_broken_weights_are_told_to_those_who_asked_for_them(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (cached / "model.safetensors").write_bytes(b"nonsense")
+    assert dino.load(CPU, usual=True) is None
+    monkeypatch.setenv(dino.SWITCH, "on")
     with pytest.raises(UserError, match=r"0123 cannot be loaded: .*; remove that folder .* off"):
         dino.load(CPU, usual=True)
 
 
-def test_weights_that_are_not_all_there_are_told(cached: Path) -> None:
+def test_weights_that_are_not_all_there_are_told(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dino.SWITCH, "on")
     state = load_file(cached / "model.safetensors")
     del state["layernorm.bias"]
     save_file(state, cached / "model.safetensors", {"format": "pt"})

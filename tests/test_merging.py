@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iteris_sd import capture
-from iteris_sd.calibration import LayerReport, Merged, Part, Samples, finish, measure, merge
+from iteris_sd.calibration import LayerReport, Merged, Part, Samples, finish, measure, measuring, merge
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS, find, iteris, linear, regmean
@@ -384,6 +384,25 @@ def test_reports_tell_how_well_it_fits_and_measure_agrees(toy: Toy) -> None:
     # Nothing is upstream of the first layer.
     assert sweep.reports[0].discrepancy == pytest.approx(0.0, abs=1e-6)
     assert (sweep.reports[-1].discrepancy or 0.0) > 0.01
+
+
+def test_measuring_in_several_passes_tells_the_same(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    merged, samples = run(toy, loras, batches).lora, toy.samples(batches)
+    whole = measure(toy.modules, loras, merged, samples)
+    steps = []
+    work = measuring(toy.modules, loras, merged, samples, most_bytes=1)
+    while True:
+        try:
+            steps.append(next(work))
+        except StopIteration as stop:
+            found = stop.value
+            break
+    assert {step.steps for step in steps} == {len(whole)}  # a pass for each layer
+    assert [report.name for report in found] == [report.name for report in whole]
+    for one, other in zip(found, whole, strict=True):
+        assert one.residual == pytest.approx(other.residual)
+        assert one.discrepancy == pytest.approx(other.discrepancy)
 
 
 def test_single_precision_stays_close(toy: Toy) -> None:

@@ -18,7 +18,7 @@ from iteris_sd.concepts import Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import asking, form, jobs, picker, results, takeaway, visits, why
+from iteris_sd.ui import asking, form, jobs, picker, results, space, takeaway, visits, why
 from iteris_sd.ui.picker import Use
 from iteris_sd.ui.takeaway import Drawn
 
@@ -282,8 +282,58 @@ def test_visits_are_told_apart_and_those_long_idle_go_with_their_files(
             break
         time.sleep(0.1)
     assert len(list(open_ones.root.iterdir())) == 3
+    monkeypatch.setattr(limits, "GRACE_SECONDS", 0.1)
     open_ones.leave(asking_as("a"))
+    assert open_ones.of(asking_as("a")) is one  # it had but lost its connection
+    time.sleep(0.4)
+    assert open_ones.of(asking_as("a")) is one
+    open_ones.leave(asking_as("a"))
+    time.sleep(0.4)
     assert open_ones.of(asking_as("a")) is not one
+
+
+def test_no_more_visits_than_allowed_stay_open_but_those_at_work_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_VISITS", 2)
+    open_ones = visits.Visits(LIBRARY)
+    first = open_ones.of(asking_as("first"))
+    monkeypatch.setattr(type(first), "busy", property(lambda visit: visit is first))
+    for name in ("second", "third", "fourth", "fifth"):
+        open_ones.of(asking_as(name))
+    assert open_ones.of(asking_as("first")) is first
+    assert len(open_ones._open) <= 3
+
+
+def test_a_public_page_without_a_gpu_draws_with_storybook_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACE_ID", "someone/iteris")
+    monkeypatch.setattr(space, "_has_gpu", lambda: False)
+    space.check(recipe())
+    with pytest.raises(UserError, match="draws with Storybook only"):
+        space.check(recipe(base="sd15"))
+    monkeypatch.setattr(space, "_has_gpu", lambda: True)
+    space.check(recipe(base="sd15"))
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("", None), (None, None), (" 256 ", 256), (",", None), (512, 512)]
+)
+def test_an_empty_size_is_the_models_own(given: Any, size: int | None) -> None:
+    assert asking.size(given) == size
+
+
+def test_a_size_of_several_numbers_is_told() -> None:
+    with pytest.raises(UserError, match="The size is one number"):
+        asking.size("256, 512")
+
+
+def test_what_no_widget_shows_is_carried_over_and_told() -> None:
+    asked = recipe(strength=0.5, retention=2, calibration={"samples": 5, "seed": 9, "steps": 3})
+    more = form.carried(asked)
+    assert more == {"strength": 0.5, "retention": 2, "calibration": {"seed": 9, "steps": 3}}
+    made = form.with_carried(recipe(calibration={"samples": 5}), more)
+    assert made == asked
+    assert form.with_carried(recipe(seeds=[3]), more).retention == 1
+    assert form.carried(recipe()) == {} and form.told_of_carried({}) == ""
+    assert "strength 0.5" in form.told_of_carried(more) and "seed 9" in form.told_of_carried(more)
 
 
 def test_a_public_visitor_has_concepts_and_a_history_of_their_own(tmp_path: Path) -> None:

@@ -14,15 +14,12 @@ from iteris_sd import export, limits
 from iteris_sd.bases import Base
 from iteris_sd.errors import UserError
 from iteris_sd.ui import asking
-from iteris_sd.ui.jobs import Work
+from iteris_sd.ui.jobs import Job, Merging, Work
 from iteris_sd.ui.visits import Visit, Visits
 
 W = TypeVar("W", bound=Work)
 _USUAL = ",".join(asking.DEFAULT_METHODS)
-_WAITING = {
-    "concurrency_limit": limits.MAX_WAITING,
-    "concurrency_id": "watching",
-}  # work itself takes its turn
+_WAITING = {"concurrency_limit": limits.MAX_CALLS, "concurrency_id": "programs"}  # work itself takes its turn
 
 
 async def _ended(work: W) -> W:
@@ -32,9 +29,16 @@ async def _ended(work: W) -> W:
             await asyncio.sleep(0.1)
     finally:
         work.stop()  # a cancelled call ends its work
-    if work.state.phase == "failed":
-        raise gr.Error(work.state.message, print_exception=False)
+    if work.state.phase != "done":
+        raise gr.Error(work.state.message or "It was stopped before it ended.", print_exception=False)
     return work
+
+
+async def _packed(work: Job | Merging, method: str, layout: str = "diffusers") -> Path:
+    """The zip of a merged LoRA. Writing it takes long, and others are served meanwhile. Raises UserError."""
+    if work.bag is None:
+        raise UserError("The merge was stopped before it ended.")
+    return await asyncio.to_thread(work.bag.lora, method, layout)
 
 
 def _file(path: Path) -> gr.FileData:
@@ -123,8 +127,8 @@ def _add_compose(visits: Visits, base: Base) -> None:
                 retention=retention,
                 parameters=parameters,
             )
-            job = await _ended(visit.begin(recipe))
-            loras = [job.bag.lora(method) for method in job.bag.merged] if job.bag else []
+            job = await _ended(visit.compose(recipe))
+            loras = [await _packed(job, method) for method in (job.bag.merged if job.bag else ())]
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
         paths = [drawn.path for drawn in job.state.pictures] + list((job.state.files or {}).values()) + loras
@@ -175,9 +179,7 @@ def _add_merge(visits: Visits, base: Base) -> None:
             )
             export.Form(layout)  # known before the work, too
             work = await _ended(visit.merge(recipe))
-            if work.bag is None:
-                raise UserError("The merge was stopped before it ended.")
-            return _file(work.bag.lora(method, layout))
+            return _file(await _packed(work, method, layout))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 

@@ -103,7 +103,12 @@ def size(given: str | int | None) -> Any:
     """A picture's side from a text field; None where it is empty. Raises UserError for what is no number."""
     if given is None or given == "":
         return None
-    return numbers("The size", given, int)[0] if isinstance(given, str) and given.strip() else given or None
+    if not isinstance(given, str):
+        return given
+    found = numbers("The size", given, int)
+    if len(found) > 1:
+        raise UserError(f"The size is one number, the side of the picture; {given[:40]!r} are several.")
+    return found[0] if found else None
 
 
 def parameter(dial: Parameter, given: Any) -> Any:

@@ -56,7 +56,8 @@ def layout(visits: Visits, base: Base, notice: gr.HTML) -> Tab:
             columns, drawing, advanced = forms.columns(), forms.drawing(base), forms.advanced()
         with gr.Column(scale=6, min_width=320, elem_id="results"):
             outcome = outcomes.layout(go)
-    return Tab(Form(which, told, words, columns, drawing, advanced), outcome, add, notice)
+    form = Form(which, told, words, columns, drawing, advanced, gr.State({}))
+    return Tab(form, outcome, add, notice)
 
 
 def wire(visits: Visits, tab: Tab) -> None:
@@ -86,9 +87,11 @@ def _wire_base(visits: Visits, form: Form) -> None:
             drawing.sampler: base.sampler,
             drawing.steps: base.steps,
             drawing.guidance: base.guidance,
+            form.carried: {},
         }
 
-    changed = [form.base_told, words.picked, words.sets, drawing.sampler, drawing.steps, drawing.guidance]
+    drawn = [drawing.sampler, drawing.steps, drawing.guidance]
+    changed = [form.base_told, words.picked, words.sets, *drawn, form.carried]
     switched = form.base.input(show_base, form.base, changed, api_name="show_base", **SILENT)
     follow(visits, form, switched, "show_base_picked")
 
@@ -130,7 +133,7 @@ def _wire_words(visits: Visits, form: Form, notice: gr.HTML) -> None:
         if set(chosen.concepts) <= there:
             uses = pickers.of_names(chosen.concepts, library)
             found = [use.plain() for use in uses]
-            return {words.picked: found, words.prompt: chosen.prompts[0], notice: ""}
+            return {words.picked: found, words.prompt: chosen.prompts[0], notice: "", form.carried: {}}
         lacking = ", ".join(name for name in chosen.concepts if name not in there)
         told = f"This set needs concepts that you do not have for this base model: {lacking}. Add them under Concepts."
         return {notice: results.problem(told)}
@@ -141,7 +144,7 @@ def _wire_words(visits: Visits, form: Form, notice: gr.HTML) -> None:
     words.prompt.change(show_prompt, both, words.read, api_name="show_prompt", **SILENT)
     words.examples.click(lambda row: row[0], words.examples, words.prompt, api_name="take_example", **SILENT)
     taken = words.sets.click(
-        take_set, [words.sets, form.base], [*both, notice], api_name="take_set", **SILENT
+        take_set, [words.sets, form.base], [*both, notice, form.carried], api_name="take_set", **SILENT
     )
     follow(visits, form, taken, "show_set")
 
@@ -212,6 +215,12 @@ def _wire_work(visits: Visits, form: Form, outcome: Outcome) -> None:
     def begin() -> Update:
         return outcomes.started(outcome)
 
+    def failed() -> Update:
+        told = (
+            "That did not come to its end: too many are waiting, or something went wrong inside. Try again."
+        )
+        return {outcome.progress: results.problem(told), **outcomes.idle(outcome)}
+
     working = []
     for button, asked, run, name in (
         (outcome.compose, set(form.asked), work, "work"),
@@ -221,21 +230,30 @@ def _wire_work(visits: Visits, form: Form, outcome: Outcome) -> None:
             begin, outputs=outcome.all, js=_TO_RESULTS, queue=False, api_name=f"begin_{name}", **PRIVATE
         )
         working.append(started.then(run, asked, outcome.all, api_name=name, **WATCHING, **PRIVATE))
+        working[-1].failure(failed, outputs=outcome.all, api_name=f"failed_{name}", **SILENT)
     outcome.stop.click(end, outputs=outcome.all, cancels=working, queue=False, api_name="stop", **PRIVATE)
 
 
 def _composed(visits: Visits, request: gr.Request, outcome: Outcome, asked: Any) -> Iterator[Update]:
-    """Compose what is `asked` for while the page looks on; going away stops it."""
+    """Compose what is `asked` for while the page looks on; going away stops it.
+
+    Where something else has taken its place meanwhile, it shows nothing more.
+    """
+    visit = visits.of(request)
     try:
-        job = visits.of(request).begin(asked())
+        job = visit.begin(asked())
     except UserError as error:
         yield {outcome.progress: results.problem(str(error)), **outcomes.idle(outcome)}
         return
     try:
-        yield from _watch(job, outcome)
+        for update in _watch(job, outcome):
+            if visit.job is not job:
+                return
+            yield update
     finally:
         job.stop()
-    yield outcomes.ended(job, outcome)
+    if visit.job is job:
+        yield outcomes.ended(job, outcome)
 
 
 def _watch(job: Job, outcome: Outcome) -> Iterator[Update]:
@@ -262,6 +280,7 @@ def restored(recipe: Recipe, tab: Tab, visits: Visits, request: gr.Request) -> U
             f"This recipe has concepts that are not here: {', '.join(missing)}. Add them under Concepts, or pick "
             "others."
         )
+    told += forms.told_of_carried(forms.carried(recipe))
     return {**forms.filled(recipe, tab.form, library), tab.notice: told}
 
 

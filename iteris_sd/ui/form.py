@@ -31,6 +31,8 @@ SAMPLERS: Mapping[str, str] = {
     "unipc": "UniPC",
     "lcm": "LCM (needs an LCM-LoRA)",
 }
+_CARRIED = {"strength", "retention", "scorer"}
+_CALIBRATION = {"steps", "seed", "tokens_per_sample"}
 _LORA_SYNTAX = re.compile(r"<lora:[^>]*>", re.IGNORECASE)
 
 
@@ -88,6 +90,7 @@ class Form:
     columns: Columns
     drawing: Drawing
     advanced: Advanced
+    carried: gr.State
 
     @property
     def asked(self) -> list[Any]:
@@ -101,6 +104,7 @@ class Form:
             *(drawing.seeds, drawing.sampler, drawing.steps, drawing.guidance),
             *(advanced.negative, advanced.size, advanced.clip_skip, advanced.samples, advanced.unconditional),
             *self.columns.dials.values(),
+            self.carried,
         ]
 
 
@@ -133,7 +137,8 @@ def told_of_base(base: Base) -> str:
             f"<b>Not on this machine yet: Compose downloads it once, about {escape(base.download)}.</b>"
         )
     if base.family != "storybook":
-        told.append("Without a GPU a picture takes minutes.")
+        if device and "processor" in device:
+            told.append("Without a GPU a picture takes minutes.")
         told.append(f"Safety checker: {'on' if weights.safety_wanted() else 'off'}.")
     return f"<p>{' '.join(told)}</p>"
 
@@ -364,7 +369,7 @@ def recipe(values: Update, form: Form, library: Library) -> Recipe:
         given = asking.parameter(dial, values[widget])
         if given != dial.default:
             parameters[method][name] = given
-    return asking.recipe(
+    made = asking.recipe(
         base=str(values[form.base]),
         concepts=[pickers.asked(use) for use in used],
         prompt=prompt,
@@ -379,6 +384,36 @@ def recipe(values: Update, form: Form, library: Library) -> Recipe:
         samples=values[advanced.samples],
         unconditional=values[advanced.unconditional],
         parameters=parameters,
+    )
+    return with_carried(made, values[form.carried])
+
+
+def carried(recipe: Recipe) -> dict[str, Any]:
+    """What a restored recipe has that no widget of the form shows, as far as it is not as usual."""
+    found = recipe.model_dump(include=_CARRIED, exclude_defaults=True, mode="json")
+    seen = recipe.calibration.model_dump(include=_CALIBRATION, exclude_defaults=True, mode="json")
+    return found | ({"calibration": seen} if seen else {})
+
+
+def with_carried(recipe: Recipe, more: Mapping[str, Any] | None) -> Recipe:
+    """The recipe with what was carried over from a restored one."""
+    if not more:
+        return recipe
+    data = recipe.model_dump()
+    calibration = {**data["calibration"], **more.get("calibration", {})}
+    retention = min(more.get("retention", 0), len(recipe.seeds))
+    return Recipe.of({**data, **more, "calibration": calibration, "retention": retention})
+
+
+def told_of_carried(more: Mapping[str, Any]) -> str:
+    """A word on what is carried over, so that nobody wonders."""
+    if not more:
+        return ""
+    plain = {**more.get("calibration", {}), **{k: v for k, v in more.items() if k != "calibration"}}
+    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plain.items())
+    return (
+        f'<p class="note" role="status">This recipe also sets {escape(words)}, which stays until another base model, '
+        "set or recipe is chosen.</p>"
     )
 
 
@@ -430,6 +465,8 @@ def filled(recipe: Recipe, form: Form, library: Library) -> Update:
         advanced.clip_skip: recipe.clip_skip,
         advanced.samples: recipe.calibration.samples,
         advanced.unconditional: recipe.calibration.unconditional,
+        form.carried: carried(recipe),
+        words.sets: gr.Dataset(samples=set_samples(library, base)),
     }
 
 
@@ -446,7 +483,14 @@ def _shown(dial: Parameter, given: Mapping[str, Any]) -> Any:
 def filled_widgets(form: Form) -> list[Any]:
     """The widgets that `filled` changes, as outputs."""
     words, columns = form.words, form.columns
-    told = [form.base_told, words.read, words.examples, columns.told, *columns.dial_groups.values()]
+    told = [
+        form.base_told,
+        words.read,
+        words.examples,
+        words.sets,
+        columns.told,
+        *columns.dial_groups.values(),
+    ]
     return [*form.asked, *told]
 
 

@@ -141,6 +141,7 @@ const show = () => {
   if (shape !== `${now} ${done}`) {
     if (!shape.startsWith(now)) {
       hidden = new Set([...hidden].filter((id) => data().columns.some((column) => column.id === id)));
+      if (!shown().length) hidden.clear();
       buildTools();
     }
     shape = `${now} ${done}`;

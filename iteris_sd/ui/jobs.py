@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -72,12 +72,13 @@ class _Turns:
         self._changed = threading.Condition()
 
     @contextmanager
-    def turn(self, stopping: threading.Event) -> Iterator[None]:
-        """Wait until all who came before are done, or this is to stop."""
+    def turn(self, stopping: threading.Event, tell: Callable[[int], None]) -> Iterator[None]:
+        """Wait until all who came before are done, or this is to stop; `tell` hears how many there are."""
         me = object()
         with self._changed:
             self._waiting.append(me)
             while self._waiting[0] is not me and not stopping.is_set():
+                tell(self._waiting.index(me))
                 self._changed.wait(_LOOK_AGAIN)
         try:
             yield
@@ -178,7 +179,7 @@ class Work:
 
     def _run(self) -> None:
         try:
-            with _TURNS.turn(self._stopping):
+            with _TURNS.turn(self._stopping, lambda before: self.tell(before=before)):
                 self._begin()
         except UserError as error:
             self.tell(phase="failed", message=str(error))
@@ -228,19 +229,28 @@ class Job(Work):
 
         bag = self.bag = Bag(self.recipe, self._library, self.folder)
         clock = Clock()
-        for event in self._each(space.events(self.recipe, self._library)):
-            bag.take(event)
-            self._tell(event, bag, clock)
+        try:
+            for event in self._each(space.events(self.recipe, self._library)):
+                bag.take(event)
+                self._tell(event, bag, clock)
+        except Exception:
+            if bag.drawn:  # what is finished is kept, whatever befell the rest
+                self._keep(bag, "stopped")
+            raise
+        self.tell(phase=self._keep(bag, "done" if bag.is_whole else "stopped"))
+
+    def _keep(self, bag: Bag, phase: Literal["done", "stopped"]) -> Literal["done", "stopped"]:
+        """Pack the files, and keep what was drawn in the history."""
         self.tell(stage="Packing the files", left=None, preview=None)
         files, scores = bag.pack()
-        phase, message = "done" if bag.is_whole else "stopped", ""
+        self.tell(files=files, scores=scores)
         if bag.drawn:
             try:
                 kept = [drawn.path for drawn in bag.drawn] + [files["grid"]]
                 self._history.keep(self.recipe, scores, kept, phase)
             except UserError as error:  # the pictures are there all the same
-                message = f"It is not in the history: {error}"
-        self.tell(phase=phase, files=files, scores=scores, message=message)
+                self.tell(message=f"It is not in the history: {error}")
+        return phase
 
     def _tell(self, event: Event, bag: Bag, clock: Clock) -> None:
         if isinstance(event, Picture):

@@ -132,7 +132,7 @@ def _again() -> Again:
         )
         retention = gr.Slider(
             0,
-            4,
+            limits.MAX_SEEDS,
             0,
             step=1,
             label="Retention: seeds of each concept alone",
@@ -209,8 +209,10 @@ def ended(job: Job, outcome: Outcome) -> Update:
         button: gr.DownloadButton(value=str(files[name]) if name in files else None, visible=name in files)
         for name, button in outcome.taken.files.items()
     }
-    note = results.problem(state.message) if state.message and state.phase != "failed" else ""
-    return {**update, **_made(made, outcome), **buttons, outcome.taken.told: note}
+    shown = {**update, **_made(made, outcome), **buttons}
+    if state.message and state.phase != "failed":
+        shown[outcome.taken.told] = results.problem(state.message)
+    return shown
 
 
 def reopened(made: Result, outcome: Outcome) -> Update:
@@ -257,8 +259,17 @@ def _made(made: Result, outcome: Outcome) -> Update:
         taken.box: gr.Accordion(visible=True),
         taken.method: gr.Dropdown(merged, value=last, visible=bool(merged)),
         taken.layout: gr.Dropdown(value=export.LAYOUTS[0], visible=bool(merged)),
-        taken.lora: lora(made, last, export.LAYOUTS[0]),
+        **_packed(made, last, outcome),
     }
+
+
+def _packed(made: Result, method: str | None, outcome: Outcome) -> Update:
+    """The button of a merged LoRA, or why there is none."""
+    taken = outcome.taken
+    try:
+        return {taken.lora: lora(made, method, export.LAYOUTS[0])}
+    except UserError as error:
+        return {taken.lora: gr.DownloadButton(visible=False), taken.told: results.problem(str(error))}
 
 
 def link(recipe: Recipe) -> str:
@@ -278,13 +289,14 @@ def pair(made: Result, left: str | None, right: str | None, seed: str | None) ->
     if left is None or right is None or seed is None or not str(seed).isdecimal():
         return None
     found = [made.picture(name, int(seed)) for name in (left, right)]
-    return (str(found[0]), str(found[1])) if all(found) else None
+    there = [str(path) for path in found if path is not None and path.is_file()]
+    return (there[0], there[1]) if len(there) == 2 else None
 
 
 def lora(made: Result, method: str | None, layout: str) -> gr.DownloadButton:
     """The button that downloads a merged LoRA in a layout, packed when it is chosen. Raises UserError."""
     if made.bag is None or method is None:
-        return gr.DownloadButton(visible=False)
+        return gr.DownloadButton(value=None, visible=False)
     return gr.DownloadButton(value=str(made.bag.lora(method, layout)), visible=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from iteris_sd import bases, hub, limits
-from iteris_sd.concepts import PICTURES, Concept
+from iteris_sd.concepts import PICTURES, Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import jobs, results
@@ -94,9 +94,22 @@ def shelf(visit: Visit) -> gr.Dropdown:
     return gr.Dropdown([_FIRST, *mine], value=_NEW)
 
 
-def wire(visits: Visits, form: Form, own: Own, follow: Callable[[Any, str], None]) -> None:
-    """Make them work; `follow(event, name)` shows what follows from what is picked after an event."""
-    changed = [own.which, own.file, own.id, own.pictures, form.words.picked, form.words.sets, own.told]
+def names(library: Library) -> list[tuple[str, str]]:
+    """All concepts of a library, each with the base model it is for."""
+    return [
+        (f"{concept.title} ({bases.find(concept.base).title})", concept.name)
+        for concept in library.concepts.values()
+    ]
+
+
+def wire(
+    visits: Visits, form: Form, own: Own, look_at: gr.Dropdown, follow: Callable[[Any, str], None]
+) -> None:
+    """Make them work; `look_at`: the list of all concepts elsewhere on the page, which is kept up to date.
+
+    `follow(event, name)` shows what follows from what is picked after an event.
+    """
+    changed = [own.which, own.file, own.id, *own.words, form.words.picked, form.words.sets, own.told, look_at]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
 
     chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove]
@@ -105,9 +118,9 @@ def wire(visits: Visits, form: Form, own: Own, follow: Callable[[Any, str], None
         _guess, own.file, [own.title, own.trigger, own.noun, own.told], api_name="guess_own", **private
     )
     asked = [own.which, own.file, own.id, *own.words, form.words.picked, form.base]
-    kept = own.keep.click(_keep(visits, form, own), asked, changed, api_name="keep_own", **private)
+    kept = own.keep.click(_keep(visits, form, own, look_at), asked, changed, api_name="keep_own", **private)
     gone = own.remove.click(
-        _remove(visits, form, own),
+        _remove(visits, form, own, look_at),
         [own.which, form.words.picked, form.base],
         changed,
         api_name="remove_own",
@@ -159,7 +172,7 @@ def _guess(path: str | None) -> tuple[Any, Any, Any, str]:
     return found.title, found.trigger, found.class_noun, told
 
 
-def _keep(visits: Visits, form: Form, own: Own) -> Callable[..., Iterator[Update]]:
+def _keep(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callable[..., Iterator[Update]]:
     def keep_own(
         which: str,
         path: str | None,
@@ -178,6 +191,11 @@ def _keep(visits: Visits, form: Form, own: Own) -> Callable[..., Iterator[Update
         shown = [Path(picture) for picture in pictures or []]
         try:
             if which in visit.mine():
+                if path or id.strip():
+                    raise UserError(
+                        "One of your concepts is chosen, and a new file, too; choose “A new one” to keep the file, or "
+                        "take it away to change what is chosen."
+                    )
                 concept = visit.change(which, words, shown)
             elif path:
                 concept = visit.add(Path(path), words, shown)
@@ -193,7 +211,8 @@ def _keep(visits: Visits, form: Form, own: Own) -> Callable[..., Iterator[Update
         uses = pickers.read(picked, visit.library)
         if all(use.name != concept.name for use in uses):
             uses += pickers.of_names([concept.name], visit.library)
-        yield _shelf(form, own, visit, base, uses, _welcome(concept, base))
+        told = _welcome(concept, base)
+        yield {**_shelf(form, own, visit, base, uses, told), look_at: gr.Dropdown(names(visit.library))}
 
     return keep_own
 
@@ -227,7 +246,7 @@ def _welcome(concept: Concept, base: str) -> str:
     return f'<p role="status">Kept: {title}. It was made for {suits}: choose that as the base model to see it.</p>'
 
 
-def _remove(visits: Visits, form: Form, own: Own) -> Callable[..., Update]:
+def _remove(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callable[..., Update]:
     def remove_own(which: str, picked: Any, base: str, request: gr.Request) -> Update:
         visit = visits.of(request)
         if which not in visit.mine():
@@ -237,7 +256,8 @@ def _remove(visits: Visits, form: Form, own: Own) -> Callable[..., Update]:
         except UserError as error:
             return {own.told: results.problem(str(error))}
         told = f'<p role="status">Removed: {escape(which)}.</p>'
-        return _shelf(form, own, visit, base, pickers.read(picked, visit.library), told)
+        shown = _shelf(form, own, visit, base, pickers.read(picked, visit.library), told)
+        return {**shown, look_at: gr.Dropdown(names(visit.library), value=None)}
 
     return remove_own
 
@@ -252,6 +272,7 @@ def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[Use],
         own.which: shelf(visit),
         own.file: None,
         own.id: "",
+        **{own.title: "", own.trigger: "", own.noun: "", own.weight: 1.0},
         own.pictures: None,
         form.words.picked: gr.HTML(value=uses, choices=pickers.choices(there)),
         form.words.sets: gr.Dataset(samples=forms.set_samples(visit.library, chosen)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import colab_check, is_hosted_notebook
 from PIL import Image
 
 from iteris_sd import bases, limits, serving, weights
@@ -56,6 +58,7 @@ def build(visits: Visits) -> gr.Blocks:
             visits,
             composing.form,
             concepts.own,
+            concepts.which,
             lambda event, name: compose.follow(visits, composing.form, event, name),
         )
         composing.add.click(lambda: gr.Tabs(selected="concepts"), outputs=tabs, api_name="add_own", **SILENT)
@@ -78,25 +81,34 @@ def _on_load(
             words.picked: gr.HTML(choices=pickers.choices(visit.library.of_base(base.family))),
             words.sets: gr.Dataset(samples=forms.set_samples(visit.library, base)),
             concepts.own.which: own.shelf(visit),
-            concepts.which: gr.Dropdown(shelf.names(visit.library)),
+            concepts.which: gr.Dropdown(own.names(visit.library)),
         }
         query = request.query_params.get("recipe")
         return shown | (compose.from_link(query, composing, visits, request) if query else {})
 
-    def warm_up(chosen: str) -> str:
+    def warm_up() -> None:
         """Load the models while the first visitor looks at the page."""
         try:
             with _warm:
                 jobs.load(base.name)
         except UserError as error:
             print(error, flush=True)
+
+    def show_device(chosen: str) -> str:
         return forms.told_of_base(bases.find(chosen))
 
     outputs: dict[Any, None] = dict.fromkeys(
         [*composing.restored, words.sets, concepts.own.which, concepts.which]
     )
     page.load(show_library, outputs=list(outputs), api_name="show_library", **SILENT)
-    page.load(warm_up, form.base, form.base_told, api_name="warm_up", **SILENT)
+    warm = page.load(warm_up, api_name="warm_up", **SILENT)
+    warm.then(show_device, form.base, form.base_told, api_name="show_device", **SILENT)
+
+
+def _shared_anyway() -> bool:
+    """Whether Gradio would open a public link by itself: then strangers come, and must be treated so."""
+    wanted = os.environ.get("GRADIO_SHARE", "").lower() == "true"
+    return wanted or colab_check() or is_hosted_notebook()
 
 
 def launch(host: str | None = None, port: int | None = None, share: bool = False, mcp: bool = False) -> None:
@@ -106,6 +118,7 @@ def launch(host: str | None = None, port: int | None = None, share: bool = False
     they go with the visit. `mcp`: compose and merge are also tools of a Model Context Protocol server.
     """
     Image.MAX_IMAGE_PIXELS = limits.MAX_PICTURE_PIXELS
+    share = share or _shared_anyway()
     if share:
         serving.go_public()
     kept, history = (None, None) if serving.public() else (Kept.usual(), History.usual())
@@ -114,7 +127,7 @@ def launch(host: str | None = None, port: int | None = None, share: bool = False
     build(visits).queue(default_concurrency_limit=8, max_size=limits.MAX_WAITING).launch(
         server_name=host,
         server_port=port,
-        share=share or None,
+        share=share,
         theme=theme.theme(),
         css_paths=theme.STYLE,
         js=_SCRIPT,

@@ -20,6 +20,7 @@ const button = (parent, label, title, act) => {
   node.addEventListener('click', () => act(node));
 };
 const show = () => {
+  sure = '';
   const entries = props.value || [];
   ticked = ticked.filter((id) => entries.some((entry) => entry.id === id));
   list.replaceChildren();
@@ -38,7 +39,11 @@ const show = () => {
     button(acts, 'Repeat', entry.title, () => { window.iterisRepeat = true; ask('open', [entry.id]); });
     button(acts, 'Delete', entry.title, (node) => {
       if (sure === entry.id) ask('delete', [entry.id]);
-      else { sure = entry.id; node.textContent = 'Delete for good?'; }
+      else {
+        sure = entry.id;
+        node.textContent = 'Delete for good?';
+        node.setAttribute('aria-label', `Delete for good? ${entry.title}`);
+      }
     });
     const line = add(acts, 'label'), box = add(line, 'input');
     box.type = 'checkbox';

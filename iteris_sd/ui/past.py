@@ -84,6 +84,10 @@ def wire(
                 return {tab.list: gr.HTML(value=listed(visit)), tab.told: _said("Deleted."), tab.pair: ""}
             if wanted == "compare":
                 return {tab.pair: side_by_side([visit.history.find(id) for id in ids[:2]])}
+            if visit.job is not None and not visit.job.ended:
+                raise UserError(
+                    "A composition is at work; wait for it, or stop it under Compose, then open this."
+                )
             made = visit.reopen(visit.history.find(ids[0]))
             return {
                 **composing.restored(made.recipe, compose, visits, request),
@@ -120,7 +124,11 @@ def wire(
     filled = compose.restored
     own = [tab.list, tab.told, tab.pair]
     # Repeating is reopening, and then the click on Compose that the script makes.
-    again = "() => { if (window.iterisRepeat) { window.iterisRepeat = false; document.getElementById('go').click(); } }"
+    again = """() => {
+        const wanted = window.iterisRepeat && !document.querySelector('#past-told .problem, #notice .problem');
+        window.iterisRepeat = false;
+        if (wanted) document.getElementById('go').click();
+    }"""
     acted = tab.list.select(
         act, outputs=[*own, *filled, *outcome.all, tabs], api_name="act_on_past", **SILENT
     )

@@ -17,6 +17,7 @@ const fresh = (name) => ({
 const toggle = (name) => {
   if (uses().some((use) => use.name === name)) change(uses().filter((use) => use.name !== name));
   else if (uses().length < props.most) change([...uses(), fresh(name)]);
+  else told.textContent = `No more than ${props.most}: leave one out first.`;
 };
 
 // ------------------------------------------------------------ the gallery
@@ -130,6 +131,7 @@ const show = () => {
     card.setAttribute('aria-pressed', place >= 0);
     card.querySelector('.place').textContent = place < 0 ? '' : `{${place}}`;
     card.classList.toggle('full', place < 0 && now.length >= props.most);
+    card.setAttribute('aria-disabled', place < 0 && now.length >= props.most);
   }
   const names = JSON.stringify(now.map((use) => [use.name, known(use.name).title]));
   if (names !== rows) {

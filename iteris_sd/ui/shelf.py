@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from iteris_sd import bases
+from iteris_sd import bases, serving
 from iteris_sd.concepts import Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
@@ -33,6 +33,8 @@ class Tab:
 
 def layout(library: Library) -> Tab:
     """Lay the tab out."""
+    stay = "as long as this page is open" if serving.public() else "and are there next time"
+    told = f"Added here, they can be picked under Compose, {stay}."
     with gr.Row(elem_id="shelf"):
         with gr.Column(scale=1, min_width=320):
             forms.title(
@@ -41,17 +43,9 @@ def layout(library: Library) -> Tab:
             mine = own.layout()
         with gr.Column(scale=1, min_width=320):
             forms.title("What is inside", "Any concept of the library, its reference pictures and its file.")
-            which = gr.Dropdown(names(library), value=None, label="Concept", elem_id="look-at")
+            which = gr.Dropdown(own.names(library), value=None, label="Concept", elem_id="look-at")
             told = forms.markup("", elem_id="inside")
     return Tab(which, told, mine)
-
-
-def names(library: Library) -> list[tuple[str, str]]:
-    """All concepts of a library, each with the base model it is for."""
-    return [
-        (f"{concept.title} ({bases.find(concept.base).title})", concept.name)
-        for concept in library.concepts.values()
-    ]
 
 
 def wire(visits: Visits, tab: Tab) -> None:

@@ -43,6 +43,11 @@ def check(recipe: Recipe) -> None:
     """Raise UserError when a composition is larger than a public page does."""
     if not serving.public():
         return
+    if bases.find(recipe.base).family != "storybook" and not _has_gpu():
+        raise UserError(
+            "This public page has no GPU, and draws with Storybook only; choose it as the base model, or run the page "
+            "on a machine of your own."
+        )
     for what, found, most in (
         ("pictures", recipe.count, limits.MAX_PUBLIC_PICTURES),
         ("steps", recipe.steps, limits.MAX_PUBLIC_STEPS),
@@ -54,6 +59,12 @@ def check(recipe: Recipe) -> None:
             )
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return lent() or torch.cuda.is_available()
+
+
 def duration(recipe: Recipe, library: Library) -> int:
     """Seconds of a GPU that a composition is expected to take, up to the most that may be asked for."""
     del library  # the work takes it
@@ -62,6 +73,15 @@ def duration(recipe: Recipe, library: Library) -> int:
     merging = len(recipe.merging) * _MERGE
     sampling = len(recipe.concepts) * recipe.calibration.samples * _SAMPLE
     return min(math.ceil(_LOADING + drawing + merging + sampling), limits.MAX_GPU_SECONDS)
+
+
+def duration_inside(recipe: Recipe, library: Library) -> int:
+    """Seconds of a GPU that a look inside a merge is expected to take, likewise: three methods more than its own are
+    merged, all are measured, and one is iterated."""
+    del library
+    methods = len(recipe.merging) + 3
+    sampling = len(recipe.concepts) * recipe.calibration.samples * _SAMPLE
+    return min(math.ceil(_LOADING + (2 * methods + _ITERATIONS) * _MERGE + sampling), limits.MAX_GPU_SECONDS)
 
 
 def events(recipe: Recipe, library: Library) -> Generator[Event, None, Any]:
@@ -105,7 +125,7 @@ def _explain(recipe: Recipe, library: Library) -> Generator[Event | Explanation,
 def _on_lent_gpu(work: Any) -> Any:
     import spaces
 
-    return spaces.GPU(duration=duration)(work)
+    return spaces.GPU(duration=duration_inside if work is _explain else duration)(work)
 
 
 def prepare() -> None:

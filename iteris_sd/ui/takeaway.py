@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import threading
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from iteris_sd.recipe import Recipe
 
 if TYPE_CHECKING:
     from iteris_sd.calibration import Merged
+    from iteris_sd.concepts import Loaded
     from iteris_sd.events import Event
 
 SHOWN = ("scene", "method", "seed", "flagged")  # what scores.json says of a picture, and `Drawn` too
@@ -46,6 +49,8 @@ class Bag:
         self._pictures: list[Picture] = []
         self._merged: dict[str, Merged] = {}
         self._whole: Composition | None = None
+        self._concepts: tuple[Loaded, ...] | None = None
+        self._packing = threading.Lock()
         self.drawn: tuple[Drawn, ...] = ()
 
     @property
@@ -60,9 +65,11 @@ class Bag:
 
     def take(self, event: Event) -> None:
         """Keep what an event brings; a picture is written at once, with its recipe inside."""
-        from iteris_sd import export, scoring
+        from iteris_sd import export, merger, scoring
 
         if isinstance(event, MergeDone):
+            if self._concepts is None:
+                self._concepts = tuple(merger.pick(self._recipe, self._library))
             self._merged[event.method] = event.merged
         elif isinstance(event, Composition):
             self._whole = event
@@ -107,12 +114,14 @@ class Bag:
         names = "-".join(re.sub(r"[^\w-]+", "_", use.name) for use in self._recipe.concepts)
         folder = self._folder / f"{names}-{method}-{layout}"
         packed = folder.with_name(f"{folder.name}.zip")
-        if not packed.exists():
-            composition = self._composition()
-            metadata = export.lora_metadata(self._recipe, composition.concepts, merged)
-            path = folder / (f"{names}-{method}" + ("" if layout == "peft" else ".safetensors"))
-            written = export.write_lora(merged.lora, composition.tokens, path, metadata, form)
-            _zip(packed, written, folder)
+        with self._packing:
+            if not packed.exists():
+                composition = self._composition()
+                metadata = export.lora_metadata(self._recipe, composition.concepts, merged)
+                path = folder / (f"{names}-{method}" + ("" if layout == "peft" else ".safetensors"))
+                written = export.write_lora(merged.lora, composition.tokens, path, metadata, form)
+                _zip(packed, written, folder)
+                shutil.rmtree(folder)
         return packed
 
     def _composition(self) -> Composition:
@@ -123,10 +132,11 @@ class Bag:
             return self._whole
         chosen = self._recipe.scorer or bases.find(self._recipe.base).scorer
         scorer = scoring.SCORERS[chosen].title if chosen in scoring.SCORERS else "nobody"
-        concepts = tuple(merger.pick(self._recipe, self._library))
+        if self._concepts is None:  # read once: they may be removed from the library afterwards
+            self._concepts = tuple(merger.pick(self._recipe, self._library))
         composed, retained = ([p for p in self._pictures if bool(p.scene) == of_one] for of_one in (0, 1))
         return Composition(
-            self._recipe, concepts, self._merged, tuple(composed), scorer, retained=tuple(retained)
+            self._recipe, self._concepts, self._merged, tuple(composed), scorer, retained=tuple(retained)
         )
 
 

@@ -51,6 +51,7 @@ class Visit:
         self.study: jobs.Study | None = None
         self.history = history
         self.seen = time.monotonic()
+        self._works: set[jobs.Work] = set()
         self._reopened: Result | None = None
         self._folder, self._shipped, self._kept = folder, shipped, kept
 
@@ -70,30 +71,46 @@ class Visit:
         """
         space.check(recipe)
         self._reopened = None
-        self.job = self._started(self.job, jobs.Job(recipe, self.library, self._fresh("run-"), self.history))
+        self.job = self._started(jobs.Job(recipe, self.library, self._fresh("run-"), self.history), self.job)
         return self.job
+
+    def compose(self, recipe: Recipe) -> jobs.Job:
+        """Start a job of a program's, beside all others. Raises UserError likewise."""
+        space.check(recipe)
+        return self._started(jobs.Job(recipe, self.library, self._fresh("run-"), self.history))
 
     def merge(self, recipe: Recipe) -> jobs.Merging:
         """Start a merge without pictures. Raises UserError when it is larger than a public page does."""
         space.check(recipe)
-        return self._started(None, jobs.Merging(recipe, self.library, self._fresh("merge-")))
+        return self._started(jobs.Merging(recipe, self.library, self._fresh("merge-")))
 
     def look_inside(self, recipe: Recipe) -> jobs.Study:
         """Start a look inside the merge of a recipe, likewise."""
         space.check(recipe)
-        self.study = self._started(self.study, jobs.Study(recipe, self.library, self._fresh("study-")))
+        self.study = self._started(jobs.Study(recipe, self.library, self._fresh("study-")), self.study)
         return self.study
 
     def _fresh(self, prefix: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=prefix, dir=self._folder))
 
-    def _started(self, before: jobs.Work | None, work: W) -> W:
+    def _started(self, work: W, before: jobs.Work | None = None) -> W:
+        """Start work; the one `before`, which it takes the place of, is stopped, and its files go when it has ended."""
         if before is not None:
             before.stop()
-            if before.ended:
-                shutil.rmtree(before.folder, ignore_errors=True)
+            threading.Thread(target=self._forget, args=(before,), daemon=True).start()
+        self._works.add(work)
         work.start()
         return work
+
+    def _forget(self, work: jobs.Work) -> None:
+        work.wait()
+        shutil.rmtree(work.folder, ignore_errors=True)
+        self._works.discard(work)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any of its work has not ended."""
+        return any(not work.ended for work in list(self._works))
 
     @property
     def result(self) -> Result | None:
@@ -140,21 +157,21 @@ class Visit:
 
     def export(self, name: str) -> Path:
         """One of one's own concepts as a zip, in this visit's folder."""
-        path = self._fresh("export-") / f"{name}.zip"
+        folder = self._folder / "exports"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.zip"
         self._kept.export_zip(name, path)
         return path
 
     def end(self) -> None:
         """Stop the work and remove all files."""
-        for work in (self.job, self.study):
-            if work is not None:
-                work.stop()
+        for work in list(self._works):
+            work.stop()
         threading.Thread(target=self._tidy, daemon=True).start()
 
     def _tidy(self) -> None:
-        for work in (self.job, self.study):
-            if work is not None:
-                work.wait()
+        for work in list(self._works):
+            work.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -181,24 +198,37 @@ class Visits:
         """The visit that a request belongs to; a new one where there is none, or the request names no session."""
         session = request.session_hash or secrets.token_hex(8)
         with self._lock:
+            if session in self._open:
+                self._open[session].seen = time.monotonic()
             self._sweep()
             if session not in self._open:
                 folder = Path(tempfile.mkdtemp(prefix="visit-", dir=self.root))
                 kept = self._kept or Kept(folder / "concepts")
                 history = self._history or History(folder / "history")
                 self._open[session] = Visit(folder, self._shipped, kept, history)
-            self._open[session].seen = time.monotonic()
             return self._open[session]
 
     def _sweep(self) -> None:
-        """End the visits that have long been idle."""
+        """End visits that have long been idle, and the longest idle ones where there are too many."""
         long_ago = time.monotonic() - limits.MAX_IDLE_SECONDS
-        for session in [session for session, visit in self._open.items() if visit.seen < long_ago]:
-            self._open.pop(session).end()
+        idle = sorted((v.seen, s) for s, v in self._open.items() if not v.busy)
+        too_many = len(self._open) - limits.MAX_VISITS
+        for k, (seen, session) in enumerate(idle):
+            if seen < long_ago or k < too_many:
+                self._open.pop(session).end()
 
     def leave(self, request: gr.Request) -> None:
-        """The page was closed."""
-        with self._lock:
-            visit = self._open.pop(request.session_hash or "", None)
-        if visit is not None:
+        """The page was closed, or lost its connection: its visit ends unless it is seen again within seconds."""
+        session, since = request.session_hash or "", time.monotonic()
+
+        def end() -> None:
+            with self._lock:
+                visit = self._open.get(session)
+                if visit is None or visit.seen > since:
+                    return
+                del self._open[session]
             visit.end()
+
+        timer = threading.Timer(limits.GRACE_SECONDS, end)
+        timer.daemon = True
+        timer.start()

@@ -13,7 +13,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.recipe import title
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import results
-from iteris_sd.ui.compose import PRIVATE, WATCHING
+from iteris_sd.ui.compose import PRIVATE, SILENT, WATCHING
 from iteris_sd.ui.form import Form, Update
 from iteris_sd.ui.jobs import State, Study
 from iteris_sd.ui.visits import Visits
@@ -97,6 +97,12 @@ def wire(visits: Visits, form: Form, tab: Tab) -> None:
             study.stop()
         yield _ended(study, tab)
 
+    def failed() -> Update:
+        told = (
+            "That did not come to its end: too many are waiting, or something went wrong inside. Try again."
+        )
+        return {tab.told: results.problem(told), **_idle(tab)}
+
     def end(request: gr.Request) -> Update:
         study = visits.of(request).study
         if study is None:
@@ -107,6 +113,7 @@ def wire(visits: Visits, form: Form, tab: Tab) -> None:
 
     started = tab.look.click(begin, outputs=tab.all, queue=False, api_name="begin_why", **PRIVATE)
     working = started.then(work, set(form.asked), tab.all, api_name="why", **WATCHING, **PRIVATE)
+    working.failure(failed, outputs=tab.all, api_name="failed_why", **SILENT)
     tab.stop.click(end, outputs=tab.all, cancels=[working], queue=False, api_name="stop_why", **PRIVATE)
 
 

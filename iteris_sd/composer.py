@@ -160,7 +160,8 @@ def _draw(
     def told(step: rendering.Step) -> Progress:
         seen, there = previewer.look(step.clean) if previewer else (), places[step.first :]
         shown = {(column.name, seed): one for (column, seed), one in zip(there, seen, strict=False)}
-        return Progress(stage, step.done, recipe.steps, Preview(scene.name, shown) if shown else None)
+        preview = Preview(scene.name, shown) if shown else None
+        return Progress(stage, step.done, recipe.steps, preview, len(step.clean))
 
     looks = [rendering.Look(column.prompt, column.lora) for column in columns]
     work = rendering.render_columns(backbone, looks, recipe.negative, seeds, settings)

@@ -32,12 +32,16 @@ class Preview:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done, in words, and how far it is: `done` of `total`; while drawing, now and then a preview."""
+    """What is being done, in words, and how far it is: `done` of `total`.
+
+    While drawing, `at_once` is how many pictures are drawn together, and now and then there is a preview.
+    """
 
     stage: str
     done: int
     total: int
     preview: Preview | None = None
+    at_once: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,10 +55,15 @@ def running(
             except OSError:
                 assert app.poll() is None, (folder / "said.txt").read_text()
                 time.sleep(0.2)
+        else:
+            raise AssertionError((folder / "said.txt").read_text() or "the app does not answer")
         yield url, app
     finally:
         app.terminate()
-        app.wait(30)
+        try:
+            app.wait(30)
+        except subprocess.TimeoutExpired:
+            app.kill()
 
 
 @contextmanager

@@ -238,7 +238,7 @@ def test_pictures_are_sorted_filtered_enlarged_and_laid_over_each_other(page):
 
 
 @pytest.mark.browser
-def test_strength_and_retention_are_drawn_without_a_new_merge(page):
+def test_strength_and_retention_are_drawn_without_a_new_merge_and_repeated(page):
     quick(page, "3", 1, "Linear")
     compose(page)
     ended(page)
@@ -251,6 +251,11 @@ def test_strength_and_retention_are_drawn_without_a_new_merge(page):
     page.locator("#progress").get_by_text("Done: 5 pictures.").wait_for()
     assert page.locator("#retained thead th").all_inner_texts() == ["Its own LoRA", "Linear"]
     assert page.locator("#retained tbody th").all_inner_texts() == ["dog, 3", "barn, 3"]
+    assert page.locator("#retained figure").count() == 4
+    tab(page, "History")
+    page.locator("#past .entry").first.get_by_role("button", name="Repeat").click()
+    page.locator("#progress").get_by_text("Done: 5 pictures.").wait_for()
+    page.locator("#notice").get_by_text("This recipe also sets strength 0.5, retention 1").wait_for()
     assert page.locator("#retained figure").count() == 4
 
 
@@ -395,9 +400,31 @@ def test_two_visitors_neither_see_nor_stop_each_other(browser, address):
 
 
 @pytest.mark.browser
+def test_what_waits_says_how_many_are_before_and_can_be_stopped(browser, address):
+    first, second = opened(browser, address), opened(browser, address)
+    quick(first, "51, 52, 53, 54", 60, "Base model", "Linear")
+    quick(second, "55", 1, "Linear")
+    compose(first)
+    first.locator("#progress").get_by_text("Picture 1").wait_for()
+    compose(second)
+    second.locator("#progress").get_by_text("Waiting for its turn: 1 before you.").wait_for()
+    second.locator("#stop").click()
+    assert ended(second) == "Stopped. 0 of 1 picture finished."
+    tab(first, "History")
+    first.locator("#past .entry").first.wait_for()
+    first.locator("#past .entry").first.get_by_role("button", name="Open").click()
+    first.locator("#past-told").get_by_text("A composition is at work").wait_for()
+    tab(first, "Compose")
+    first.locator("#stop").click()
+    assert "of 8 pictures finished" in ended(first)
+    first.close()
+    second.close()
+
+
+@pytest.mark.browser
 def test_a_page_that_is_closed_frees_the_work(browser, address):
     first, second = opened(browser, address), opened(browser, address)
-    quick(first, "41, 42, 43, 44", 100, "Base model", "Linear")
+    quick(first, ", ".join(str(seed) for seed in range(40, 56)), 100, "Base model", "Linear")
     quick(second, "45", 1, "Linear")
     compose(first)
     first.locator("#progress").get_by_text("Picture 1").wait_for()
@@ -511,6 +538,16 @@ def test_the_api_composes(address):
     assert "iteris_sd" in Image.open(names["linear_seed7.png"]).info
     assert recipe["seeds"] == [7] and recipe["steps"] == 2
     assert summary["scorer"] and len(summary["pictures"]) == 2
+
+
+def test_two_calls_of_one_program_do_not_stop_each_other(address):
+    client = Client(address, verbose=False)
+    given = {"methods": ["base"], "steps": 12, "api_name": "/compose"}
+    calls = [client.submit(["dog"], "a {0}", seeds=[seed], **given) for seed in (1, 2)]
+    for seed, call in zip((1, 2), calls, strict=True):
+        files, summary, _ = call.result(120)
+        assert [one["seed"] for one in summary["pictures"]] == [seed]
+        assert any(Path(file).name == f"base_seed{seed}.png" for file in files)
 
 
 def test_the_api_holds_the_bounds(address):

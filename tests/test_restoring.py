@@ -19,7 +19,7 @@ from iteris_sd import bases, export, limits, restoring
 from iteris_sd.errors import UserError
 from iteris_sd.events import Picture
 from iteris_sd.merging import registry
-from iteris_sd.recipe import Recipe
+from iteris_sd.recipe import REFERENCES, Recipe
 from iteris_sd.scoring import Score
 
 PAIR: dict[str, Any] = {"concepts": [{"name": "dog"}, {"name": "barn"}], "prompt": "a {0} next to a {1}"}
@@ -51,8 +51,8 @@ def dials(parameter: registry.Parameter, concepts: int) -> st.SearchStrategy[Any
 
 @st.composite
 def method_uses(draw: st.DrawFn, concepts: int) -> dict[str, Any]:
-    name = draw(st.sampled_from(["base", *registry.METHODS]))
-    found = () if name == "base" else registry.find(name).parameters
+    name = draw(st.sampled_from([*REFERENCES, *registry.METHODS]))
+    found = () if name in REFERENCES else registry.find(name).parameters
     values = {parameter.name: dials(parameter, concepts) for parameter in found}
     return {"name": name, "parameters": draw(st.fixed_dictionaries({}, optional=values))}
 
@@ -63,7 +63,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
     names = draw(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=4, unique=True))
     weights = st.floats(0, limits.MAX_WEIGHT, exclude_min=True)
     words = st.text(st.characters(codec="utf-8", exclude_characters="()[]{}"), max_size=60)
-    used = [draw(st.fixed_dictionaries({"name": st.just(n)}, optional={"weight": weights})) for n in names]
+    parts = st.fixed_dictionaries({"up": weights}, optional={"down": st.floats(0, limits.MAX_WEIGHT)})
+    own = {"weight": weights, "blocks": parts}
+    used = [draw(st.fixed_dictionaries({"name": st.just(n)}, optional=own)) for n in names]
     most = draw(st.integers(1, limits.MAX_SAMPLES))
     calibration = {"samples": st.just(most), "seed": st.integers(0, limits.MAX_SEED)}
     fields: dict[str, st.SearchStrategy[Any]] = {
@@ -76,6 +78,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "size": st.none() | st.sampled_from(range(limits.MIN_SIZE, limits.MAX_SIZE + 1, 64)),
         "clip_skip": st.integers(1, limits.MAX_CLIP_SKIP),
         "scorer": st.sampled_from(["", "none"]),
+        "strength": st.floats(0, limits.MAX_STRENGTH),
+        "retention": st.integers(0, 1),
         "calibration": st.fixed_dictionaries(calibration, optional={"unconditional": st.integers(0, most)}),
     }
     prompt = words.map(lambda text: f"{text} {{0}}")

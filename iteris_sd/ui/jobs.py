@@ -48,7 +48,8 @@ class Preview:
 class State:
     """How far work is: `done` of `total` within `stage`, `left` seconds of it, and what there is so far.
 
-    `files`, `scores`: at the end, of what was finished. `before`: how many wait for their turn before this.
+    `files`, `scores`: at the end, of what was finished. `before`: how many wait for their turn before this. `at_once`:
+    how many pictures are being drawn together.
     """
 
     phase: Literal["waiting", "running", "done", "stopped", "failed"] = "waiting"
@@ -56,6 +57,7 @@ class State:
     done: int = 0
     total: int = 1
     before: int = 0
+    at_once: int = 1
     left: float | None = None
     pictures: tuple[Drawn, ...] = ()
     preview: Preview | None = None
@@ -257,10 +259,11 @@ class Job(Work):
             self.tell(pictures=bag.drawn, done=0, preview=None)
         elif isinstance(event, Progress):
             drawing, steps = event.stage.startswith("Drawing"), self.recipe.steps
-            done = len(bag.drawn) * steps + event.done if drawing else event.done
+            done = len(bag.drawn) * steps + event.done * event.at_once if drawing else event.done
             total = self.recipe.count * steps if drawing else event.total
             left = clock.left("Drawing" if drawing else event.stage, done, total)
-            self.tell(stage=event.stage, done=event.done, total=event.total, left=left)
+            told = {"stage": event.stage, "done": event.done, "total": event.total}
+            self.tell(left=left, at_once=event.at_once, **told)
             if event.preview is not None:
                 shown = {place: data_uri(picture) for place, picture in event.preview.pictures.items()}
                 self.tell(preview=Preview(event.preview.scene, shown))

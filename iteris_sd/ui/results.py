@@ -50,8 +50,11 @@ def progress(recipe: Recipe, state: State) -> str:
         return waiting(state)
     if not state.stage.startswith("Drawing"):
         return bar(state, "", state.done, state.total)
-    where = f"Picture {ready + 1} of {total}, step {state.done} of {state.total}"
-    return bar(state, where, ready * state.total + state.done, total * state.total)
+    which = (
+        f"Picture {ready + 1}" if state.at_once == 1 else f"Pictures {ready + 1} to {ready + state.at_once}"
+    )
+    where = f"{which} of {total}, step {state.done} of {state.total}"
+    return bar(state, where, ready * state.total + state.done * state.at_once, total * state.total)
 
 
 def waiting(state: State) -> str:
@@ -213,12 +216,15 @@ def summary(recipe: Recipe, scores: Mapping[str, Any] | None) -> str:
     caption = f'Mean alignment <abbr title="{escape(_MEANING, quote=True)}">?</abbr>, 95 % interval under it'
     parts = [_table(recipe, rows, main, caption), _note(scorer)]
     if further:
-        closest = f'Closest part <abbr title="{escape(_CLOSEST, quote=True)}">?</abbr>, and other encoders'
-        parts.append(_folded("Further scores", _table(recipe, rows, further, closest)))
+        closest = "Alignment of the closest part, and by other encoders"
+        parts.append(_folded("Further scores", _table(recipe, rows, further, closest) + said(_CLOSEST)))
     if differences := [row for row in scores.get("paired", ()) if row["measure"] in main]:
-        caption = f'Difference to {title(differences[0]["to"])} <abbr title="{escape(_PAIRED, quote=True)}">?</abbr>'
+        caption = f"Difference to {title(differences[0]['to'])}"
         parts.append(
-            _folded("Differences to the linear average", _table(recipe, differences, main, caption, "+"))
+            _folded(
+                "Differences to the linear average",
+                _table(recipe, differences, main, caption, "+") + said(_PAIRED),
+            )
         )
     return "".join(parts)
 
@@ -235,6 +241,11 @@ _PAIRED = (
     "Mean over seeds of the difference on the same seed. An interval that does not hold 0 is a difference that chance "
     "alone would seldom make."
 )
+
+
+def said(text: str) -> str:
+    """A remark under a table."""
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _note(scorer: str) -> str:

@@ -26,6 +26,16 @@ _FIGURES: Mapping[str, str] = {
     "balance": "How the miss is shared by the concepts: a method is fair where no concept has nearly all of it.",
     "change": "How much each iteration of Algorithm 1 still changes the merged weights.",
 }
+_SERVED = (
+    "Missed: how much of what the concepts' own LoRAs do at their layers the merged one does not do. Inputs differ: "
+    "how far the merged model moves what its layers are given. Less is better. Share: how the miss is spread over the "
+    "concepts; alike is fair."
+)
+_CALIBRATED = (
+    "Layers by how they were merged: solved from calibration samples; made from the LoRAs alone; averaged, since the "
+    "method leaves such layers out; or kept, since one LoRA only touches them. Layers that are fed by the same tensor "
+    "are one site."
+)
 _EMPTY = """
 <div class="empty"><p>What happened inside the merge that Compose asks for: which layers the LoRAs share, how well
 each method serves every concept, and where the time went. Samples and merges that are already known are not made
@@ -178,11 +188,8 @@ def tables(found: Mapping[str, Any]) -> str:
     heads = ["Method", "Missed", "Inputs differ", *(f"Share of {name}" for name in concepts)]
     return "".join(
         (
-            _table(
-                "How well each method serves the concepts (less is better; shares: alike is fair)",
-                heads,
-                served,
-            ),
+            _table("How well each method serves the concepts", heads, served),
+            results.said(_SERVED),
             _table(
                 "How each method came by its layers",
                 [
@@ -197,6 +204,7 @@ def tables(found: Mapping[str, Any]) -> str:
                 ],
                 calibrated,
             ),
+            results.said(_CALIBRATED),
             _table("What each LoRA touches", ["Concept", "Block", "Layers", "Rank", "‖ΔW‖"], touched),
             _table("Where the time went", ["Stage", "Time"], seconds),
         )

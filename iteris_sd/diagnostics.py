@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from iteris_sd.calibration import Change, LayerReport, Merged
-    from iteris_sd.explaining import Explanation
 
 TABLE = "layers.csv"
 COMPARED = ("iteris", "regmean", "linear")  # by the paper's Fig. 3a, whatever else there is
@@ -141,22 +140,28 @@ def shares(reports: Sequence[LayerReport], concepts: Sequence[str]) -> dict[str,
     return {concepts[n]: miss / whole for n, miss in totals.items()} if whole > 0 else {}
 
 
-def figures(explanation: Explanation, folder: Path, method: str = "iteris") -> dict[str, Path]:
+def figures(
+    reports: Mapping[str, Sequence[LayerReport]],
+    concepts: Sequence[str],
+    changes: Sequence[Change],
+    folder: Path,
+    method: str = "iteris",
+) -> dict[str, Path]:
     """Draw `discrepancy` (Fig. 3a), `residual`, `balance` (Fig. 3c, of `method` beside linear) and `change` (Fig. 8).
 
+    `reports`: by method, linear among them, of the layers that all were measured at; `changes`: of each iteration.
     Returns figure -> PNG in `folder`; a figure that there are no values for is left out. May run in any thread. Raises
     UserError when nothing was merged by `method`.
     """
-    if method not in explanation.merged:
-        known = ", ".join(explanation.merged)
+    if method not in reports:
+        known = ", ".join(reports)
         raise UserError(f"Nothing was merged by {method!r} here; choose one of {known}.")
     folder.mkdir(parents=True, exist_ok=True)
-    reports = explanation.reports
     drawn = {
         "discrepancy": _discrepancy(reports, {*COMPARED, method}),
         "residual": _residual(reports),
-        "balance": _balance({name: reports[name] for name in (method, "linear")}, explanation.concepts),
-        "change": _change(explanation.changes),
+        "balance": _balance({name: reports[name] for name in (method, "linear")}, concepts),
+        "change": _change(changes),
     }
     return _saved(drawn, folder)
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -122,6 +123,10 @@ class Explanation:
     def served(self) -> tuple[Served, ...]:
         """How well each method serves the concepts."""
         return tuple(_served(name, reports, self.concepts) for name, reports in self.reports.items())
+
+    def figures(self, folder: Path, method: str = "iteris") -> dict[str, Path]:
+        """Its figures, as `diagnostics.figures` draws them into `folder`."""
+        return diagnostics.figures(self.reports, self.concepts, self.changes, folder, method)
 
     def described(self) -> dict[str, Any]:
         """All of it but the adapters as plain values, for JSON."""

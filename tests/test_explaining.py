@@ -216,7 +216,7 @@ def test_where_nothing_is_shared_it_says_so(
     assert {one.kept for one in found.calibrated.values()} == {found.layers}
     assert all(one.residual is None and not one.shares for one in found.served)
     assert sum(touch.layers for touch in found.touched) == found.layers
-    assert diagnostics.figures(found, tmp_path) == {}
+    assert found.figures(tmp_path) == {}
 
 
 def test_it_can_be_shown_as_plain_values(backbone: Backbone) -> None:
@@ -250,7 +250,7 @@ def test_stopping_anywhere_leaves_no_trace(backbone: Backbone) -> None:
 def test_figures_are_drawn_in_any_thread(backbone: Backbone, tmp_path: Path) -> None:
     found, drawn = explained(asked(methods=[{"name": "ties"}])), {}
     threads = [
-        threading.Thread(target=lambda n=n: drawn.update({n: diagnostics.figures(found, tmp_path / n, n)}))
+        threading.Thread(target=lambda n=n: drawn.update({n: found.figures(tmp_path / n, n)}))
         for n in found.merged
     ]
     for thread in threads:
@@ -264,7 +264,7 @@ def test_figures_are_drawn_in_any_thread(backbone: Backbone, tmp_path: Path) -> 
             with Image.open(file) as picture:
                 assert picture.width == 1440 and len(set(picture.convert("L").tobytes())) > 20
     with pytest.raises(UserError, match="Nothing was merged by 'tsv' here; choose one of iteris, regmean"):
-        diagnostics.figures(found, tmp_path, "tsv")
+        found.figures(tmp_path, "tsv")
 
 
 def test_figures_can_be_read_without_colours(

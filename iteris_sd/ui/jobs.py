@@ -294,7 +294,6 @@ class Study(Work):
     figures: Mapping[str, Path] = MappingProxyType({})
 
     def _work(self) -> None:
-        from iteris_sd import diagnostics
         from iteris_sd.explaining import Explanation
 
         clock, found = Clock(), None
@@ -308,6 +307,6 @@ class Study(Work):
             self.tell(phase="stopped")
             return
         self.tell(stage="Drawing the figures", left=None)
-        self.figures = diagnostics.figures(found, self.folder)
+        self.figures = found.figures(self.folder)
         self.found = found
         self.tell(phase="done")

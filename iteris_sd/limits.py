@@ -19,6 +19,7 @@ MAX_WAITING = 32  # requests in the queue; more would wait longer than anybody d
 GRACE_SECONDS = 10  # that a page may be without a connection before its work is stopped and its files go
 MAX_VISITS = 256  # open at once; each has files
 MAX_CALLS = 8  # of programs at once, so that pages are not kept waiting by them alone
+MAX_KEPT_CALLS = 8  # of one program: what came of earlier ones goes, fetched or not
 MAX_IDLE_SECONDS = (
     6 * 3600
 )  # of a visit whose page was not seen to close, as programs' never are; then its files go

@@ -52,6 +52,7 @@ class Visit:
         self.history = history
         self.seen = time.monotonic()
         self._works: set[jobs.Work] = set()
+        self._asked: list[jobs.Work] = []  # by programs
         self._reopened: Result | None = None
         self._folder, self._shipped, self._kept = folder, shipped, kept
 
@@ -77,12 +78,12 @@ class Visit:
     def compose(self, recipe: Recipe) -> jobs.Job:
         """Start a job of a program's, beside all others. Raises UserError likewise."""
         space.check(recipe)
-        return self._started(jobs.Job(recipe, self.library, self._fresh("run-"), self.history))
+        return self._for_program(jobs.Job(recipe, self.library, self._fresh("run-"), self.history))
 
     def merge(self, recipe: Recipe) -> jobs.Merging:
         """Start a merge without pictures. Raises UserError when it is larger than a public page does."""
         space.check(recipe)
-        return self._started(jobs.Merging(recipe, self.library, self._fresh("merge-")))
+        return self._for_program(jobs.Merging(recipe, self.library, self._fresh("merge-")))
 
     def look_inside(self, recipe: Recipe) -> jobs.Study:
         """Start a look inside the merge of a recipe, likewise."""
@@ -101,6 +102,15 @@ class Visit:
         self._works.add(work)
         work.start()
         return work
+
+    def _for_program(self, work: W) -> W:
+        """Start work of a program's; what it asked for long before, and has had time to fetch, goes."""
+        self._asked.append(work)
+        ended = [one for one in self._asked if one.ended]
+        for one in ended[: max(0, len(self._asked) - limits.MAX_KEPT_CALLS)]:
+            self._asked.remove(one)
+            self._forget(one)
+        return self._started(work)
 
     def _forget(self, work: jobs.Work) -> None:
         work.wait()

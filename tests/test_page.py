@@ -246,6 +246,7 @@ def test_strength_and_retention_are_drawn_without_a_new_merge_and_repeated(page)
     page.get_by_label("number input for Strength of the merged LoRA").fill("0.5")
     page.get_by_label("number input for Retention").fill("1")
     page.get_by_label("number input for Retention").press("Tab")
+    page.wait_for_timeout(500)  # the sliders tell their values
     page.locator("#again").click()
     page.locator("#retained tbody th").first.wait_for()
     page.locator("#progress").get_by_text("Done: 5 pictures.").wait_for()

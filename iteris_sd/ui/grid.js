@@ -109,7 +109,9 @@ const fill = (place) => {
   button.addEventListener('click', () => enlarge(place));
   const caption = add(figure, 'figcaption');
   add(caption, 'b', '', cell.title);
-  for (const measure of data().measures.filter((m) => data().main.includes(m.id))) {
+  const main = data().measures.filter((m) => data().main.includes(m.id));
+  const taken = main.filter((m) => typeof cell.scores[m.id] === 'number');
+  for (const measure of taken.length ? taken : main) {
     add(caption, 'span', '', `${measure.short} ${number(cell.scores[measure.id])}`);
   }
   if (cell.flagged) add(caption, 'span', 'flagged', 'blanked by the safety checker, not scored');

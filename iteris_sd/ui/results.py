@@ -135,7 +135,7 @@ def retention(
         "rows": [
             {"id": f"{name} {seed}", "title": f"{name}, {seed}"} for name in names for seed in recipe.retained
         ],
-        **_measures(recipe, drawn),
+        **_measures(recipe, drawn, least=False),
         "cells": {place(one.scene, one.method, one.seed): _cell(one, recipe) for one in drawn},
         "previews": _previews(preview, place, True),
     }
@@ -148,11 +148,11 @@ def _previews(preview: Preview | None, place: Callable[[str, str, int], str], of
     return {place(preview.scene, column, seed): uri for (column, seed), uri in preview.pictures.items()}
 
 
-def _measures(recipe: Recipe, drawn: Sequence[Drawn]) -> dict[str, Any]:
+def _measures(recipe: Recipe, drawn: Sequence[Drawn], least: bool = True) -> dict[str, Any]:
     """All measures that were taken, and which of them stand under every picture."""
     taken = dict.fromkeys(name for one in drawn for name in one.measures)
     main = ["text", *(f"image:{use.name}" for use in recipe.concepts)]
-    main += ["minimum"] if len(recipe.concepts) > 1 else []
+    main += ["minimum"] if least and len(recipe.concepts) > 1 else []
     return {
         "measures": [{"id": name, "title": measured(name), "short": _short(name)} for name in taken or main],
         "main": [name for name in main if name in taken or not taken],

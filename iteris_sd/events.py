@@ -46,10 +46,14 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class MergeDone:
-    """A method's merged LoRA is ready; `remembered`: it was made before, of the same files by the same numbers."""
+    """A method's merged LoRA of these `concepts` is ready.
+
+    `remembered`: it was made before, of the same files by the same numbers.
+    """
 
     method: str
     merged: Merged
+    concepts: tuple[Loaded, ...]
     seconds: float
     remembered: bool = False
 

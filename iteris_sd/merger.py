@@ -108,7 +108,7 @@ def merged_by_all(
                 merged = yield from _measured(backbone, recipe, picked, merged, inputs)
                 _remember(keys[method.name], merged)
         results[method.name] = merged
-        yield MergeDone(method.name, merged, time.perf_counter() - since, remembered)
+        yield MergeDone(method.name, merged, tuple(picked), time.perf_counter() - since, remembered)
     return results
 
 

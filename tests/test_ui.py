@@ -228,6 +228,9 @@ class _Slow(jobs.Work):
         if self._stopping.is_set():
             self.tell(phase="stopped")
             return
+        self._work()
+
+    def _work(self) -> None:
         self.order.append(self.name)
         self.go.wait(10)
         self.tell(phase="done")

@@ -17,14 +17,12 @@ from iteris_sd.ui import form as forms
 from iteris_sd.ui import outcome as outcomes
 from iteris_sd.ui import picker as pickers
 from iteris_sd.ui import results
-from iteris_sd.ui.form import Form, Update
+from iteris_sd.ui.form import PRIVATE, SILENT, Form, Update
 from iteris_sd.ui.jobs import Job
 from iteris_sd.ui.outcome import Outcome
 from iteris_sd.ui.visits import Visits
 
 _REFRESH = 0.3  # seconds between updates of the page
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-SILENT: dict[str, Any] = {"queue": False, **PRIVATE}
 # The work itself waits its turn, and says so; here only the number of those who may watch theirs is bounded.
 WATCHING: dict[str, Any] = {"concurrency_limit": limits.MAX_WAITING, "concurrency_id": "watching"}
 _TO_RESULTS = "() => { document.getElementById('results').scrollIntoView(); return []; }"

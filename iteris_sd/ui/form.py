@@ -21,6 +21,11 @@ from iteris_sd.ui import asking, jobs
 from iteris_sd.ui import picker as pickers
 from iteris_sd.ui.picker import Use
 
+PRIVATE: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+}  # of an event of the page's own
+SILENT: dict[str, Any] = {"queue": False, **PRIVATE}  # of one that is over in a moment
 FIRST_PICKED = ("dog", "barn")
 Update = dict[Any, Any]
 SAMPLERS: Mapping[str, str] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
@@ -146,7 +147,7 @@ def load(base: str) -> None:
         backbone.load(base)
 
 
-class Work:
+class Work(ABC):
     """Something that takes long. It writes into `folder` only; `state` may be read at any time."""
 
     def __init__(self, recipe: Recipe, library: Library, folder: Path) -> None:
@@ -205,8 +206,9 @@ class Work:
             load(base.name)
         self._work()
 
+    @abstractmethod
     def _work(self) -> None:
-        raise NotImplementedError
+        """Do it, and tell the state; the models are loaded."""
 
     def _each(self, events: Generator[T, None, Any]) -> Iterator[T]:
         """The events of some work until it ends or is to stop, in which case it is closed."""

@@ -18,7 +18,6 @@ from iteris_sd.ui.form import Update
 from iteris_sd.ui.jobs import Job
 from iteris_sd.ui.visits import Result, Visits
 
-_SILENT: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 _FILES = {
     "pictures": "Pictures (zip)",
     "grid": "Grid (PNG)",
@@ -321,12 +320,12 @@ def wire(visits: Visits, outcome: Outcome) -> None:
 
     chosen = [compared.left, compared.right, compared.seed]
     for k, widget in enumerate(chosen):
-        widget.input(show_pair, chosen, compared.slider, api_name=f"show_pair_{k}", **_SILENT)
+        widget.input(show_pair, chosen, compared.slider, api_name=f"show_pair_{k}", **forms.SILENT)
     for name, widget in (("method", taken.method), ("layout", taken.layout)):
         widget.input(
             pack_lora,
             [taken.method, taken.layout],
             [taken.lora, taken.told],
             api_name=f"pack_lora_{name}",
-            **_SILENT,
+            **forms.SILENT,
         )

@@ -22,7 +22,6 @@ from iteris_sd.ui.visits import Visit, Visits
 
 _NEW = ""  # in the list of one's own concepts: none of them, a new one
 _FIRST = ("A new one", _NEW)
-_SILENT: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def wire(
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
 
     chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove]
-    own.which.change(_show(visits, own), own.which, chosen, api_name="show_own", **_SILENT)
+    own.which.change(_show(visits, own), own.which, chosen, api_name="show_own", **forms.SILENT)
     own.file.upload(
         _guess, own.file, [own.title, own.trigger, own.noun, own.told], api_name="guess_own", **private
     )

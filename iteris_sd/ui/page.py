@@ -20,8 +20,7 @@ from iteris_sd.kept import Kept
 from iteris_sd.ui import api, compose, jobs, own, past, shelf, theme, why
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import picker as pickers
-from iteris_sd.ui.compose import SILENT
-from iteris_sd.ui.form import Update
+from iteris_sd.ui.form import SILENT, Update
 from iteris_sd.ui.visits import Visits
 
 TITLE = "IterIS for Stable Diffusion"

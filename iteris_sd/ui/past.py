@@ -19,14 +19,19 @@ from iteris_sd.ui import compose as composing
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import outcome as outcomes
 from iteris_sd.ui import results
-from iteris_sd.ui.compose import SILENT
-from iteris_sd.ui.form import Update
+from iteris_sd.ui.form import SILENT, Update
 from iteris_sd.ui.inline import thumbnail
-from iteris_sd.ui.visits import Visit, Visits
+from iteris_sd.ui.visits import Result, Visit, Visits
 
 _SCRIPT, _DROP = (
     Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("past.js", "drop.js")
 )
+# Repeating is reopening, and then the click on Compose that the list's script has asked for.
+_REPEAT = """() => {
+    const wanted = window.iterisRepeat && !document.querySelector('#past-told .problem, #notice .problem');
+    window.iterisRepeat = false;
+    if (wanted) document.getElementById('go').click();
+}"""
 _SIDE = 144  # of a thumbnail in pixels
 _SHOWN = 60  # entries; older ones stay on disk until they are evicted
 
@@ -84,11 +89,7 @@ def wire(
                 return {tab.list: gr.HTML(value=listed(visit)), tab.told: _said("Deleted."), tab.pair: ""}
             if wanted == "compare":
                 return {tab.pair: side_by_side([visit.history.find(id) for id in ids[:2]])}
-            if visit.job is not None and not visit.job.ended:
-                raise UserError(
-                    "A composition is at work; wait for it, or stop it under Compose, then open this."
-                )
-            made = visit.reopen(visit.history.find(ids[0]))
+            made = _reopened(visit, ids[0])
             return {
                 **composing.restored(made.recipe, compose, visits, request),
                 **outcomes.reopened(made, outcome),
@@ -123,21 +124,22 @@ def wire(
 
     filled = compose.restored
     own = [tab.list, tab.told, tab.pair]
-    # Repeating is reopening, and then the click on Compose that the script makes.
-    again = """() => {
-        const wanted = window.iterisRepeat && !document.querySelector('#past-told .problem, #notice .problem');
-        window.iterisRepeat = false;
-        if (wanted) document.getElementById('go').click();
-    }"""
     acted = tab.list.select(
         act, outputs=[*own, *filled, *outcome.all, tabs], api_name="act_on_past", **SILENT
     )
-    acted.then(None, js=again)
+    acted.then(None, js=_REPEAT)
     tab.file.upload(
         restore, tab.file, [tab.file, tab.told, *filled, tabs], api_name="restore_recipe", **SILENT
     )
     dropped.upload(take_dropped, None, [tab.file, tab.told, *filled, tabs], api_name="take_dropped", **SILENT)
     opened.select(show, outputs=[tab.list], api_name="show_past", **SILENT)
+
+
+def _reopened(visit: Visit, id: str) -> Result:
+    """A composition of the history as the result. Raises UserError when there is none, or another is being made."""
+    if visit.job is not None and not visit.job.ended:
+        raise UserError("A composition is at work; wait for it, or stop it under Compose, then open this.")
+    return visit.reopen(visit.history.find(id))
 
 
 def listed(visit: Visit) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import gradio as gr
 
@@ -19,7 +18,6 @@ from iteris_sd.ui.own import Own
 from iteris_sd.ui.visits import Visits
 
 _SIDE = 96  # of a reference picture in pixels
-_SILENT: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def wire(visits: Visits, tab: Tab) -> None:
         concept = visits.of(request).library.concepts.get(name or "")
         return "" if concept is None else inside(concept)
 
-    tab.which.change(look, tab.which, tab.told, api_name="look_at", **_SILENT)
+    tab.which.change(look, tab.which, tab.told, api_name="look_at", **forms.SILENT)
 
 
 def inside(concept: Concept) -> str:

@@ -65,11 +65,10 @@ class Bag:
 
     def take(self, event: Event) -> None:
         """Keep what an event brings; a picture is written at once, with its recipe inside."""
-        from iteris_sd import export, merger, scoring
+        from iteris_sd import export, scoring
 
         if isinstance(event, MergeDone):
-            if self._concepts is None:
-                self._concepts = tuple(merger.pick(self._recipe, self._library))
+            self._concepts = event.concepts
             self._merged[event.method] = event.merged
         elif isinstance(event, Composition):
             self._whole = event
@@ -132,7 +131,7 @@ class Bag:
             return self._whole
         chosen = self._recipe.scorer or bases.find(self._recipe.base).scorer
         scorer = scoring.SCORERS[chosen].title if chosen in scoring.SCORERS else "nobody"
-        if self._concepts is None:  # read once: they may be removed from the library afterwards
+        if self._concepts is None:  # nothing was merged
             self._concepts = tuple(merger.pick(self._recipe, self._library))
         composed, retained = ([p for p in self._pictures if bool(p.scene) == of_one] for of_one in (0, 1))
         return Composition(

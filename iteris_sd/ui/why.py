@@ -13,8 +13,8 @@ from iteris_sd.errors import UserError
 from iteris_sd.recipe import title
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import results
-from iteris_sd.ui.compose import PRIVATE, SILENT, WATCHING
-from iteris_sd.ui.form import Form, Update
+from iteris_sd.ui.compose import WATCHING
+from iteris_sd.ui.form import PRIVATE, SILENT, Form, Update
 from iteris_sd.ui.jobs import State, Study
 from iteris_sd.ui.visits import Visits
 

@@ -17,6 +17,7 @@ from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from iteris_sd import layers, limits
@@ -28,7 +29,7 @@ from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, adaptive_weight, misses
 from iteris_sd.pausing import Pausable
 from iteris_sd.sharing import Shares, shares
-from iteris_sd.spilling import Frontier
+from iteris_sd.spilling import Frontier, bound
 
 __all__ = [
     "Change",
@@ -134,7 +135,7 @@ def merge(
     groups = len(loras) + (chosen.needs == "words")  # generic captions come after the concepts' own
     problem = _Problem(modules, shares(loras, chosen, settings), samples, groups, chosen.exact(settings))
     solve = _Solver(problem, chosen, settings)
-    outcomes, passes, frontier = problem.uncontested(), 0, Frontier(limits.MAX_FRONTIER_BYTES)
+    outcomes, passes, frontier = problem.uncontested(), 0, Frontier(bound(problem.device))
     changes: list[Change] = []
     if chosen.needs == "none":
         outcomes |= {name: solve(name, None) for name in problem.contested}
@@ -252,6 +253,12 @@ class _Problem:
             )
         for n, lora in enumerate(self.loras):
             layers.check_fit(lora, self.modules, f"LoRA {n + 1}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base layers are."""
+        found = (weight.device for module in self.modules.values() for weight in module.parameters())
+        return next(found, torch.device("cpu"))
 
     @property
     def loras(self) -> Sequence[LoRA]:

@@ -39,7 +39,7 @@ class Dino:
     processor: ViTImageProcessor
     device: torch.device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Normalised embeddings of one picture or more, (n, d) float32 on the CPU: the class token's last state."""
         return torch.cat([self._embed(pictures[k : k + _BATCH]) for k in range(0, len(pictures), _BATCH)])

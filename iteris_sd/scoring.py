@@ -161,7 +161,7 @@ class Scorer:
         """The image encoders that take part, by their names for people."""
         return (self.name,) if self.dino is None else (self.name, dinos.TITLE)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """CLIP's normalised embeddings of pictures, (n, d) float32 on the CPU."""
         return _joined([self._seen(pictures[k : k + _BATCH]) for k in range(0, len(pictures), _BATCH)])
@@ -170,7 +170,7 @@ class Scorer:
         pixels = torch.stack([self.preprocess(picture.convert("RGB")) for picture in pictures])
         return self.model.encode_image(pixels.to(self.device), normalize=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Normalised embeddings of texts, (n, d) float32 on the CPU."""
         blocks = [self.tokenizer(list(texts[k : k + _BATCH])) for k in range(0, len(texts), _BATCH)]

@@ -1,9 +1,9 @@
 """How much memory paused work holds on to, and a place on disk for it when that is too much.
 
 Work that stands still deep inside a library's calls keeps its activations in frames that nobody else can reach. But
-every tensor is made by an operation of torch, and those can be watched: `Frontier` remembers, weakly, what each piece
-of work has made. When the pieces together hold more than a bound, the one that pauses has its tensors' memory written
-to a file and freed; the tensors stay, empty, and are filled again by the first operation that touches them.
+every tensor is made by an operation of torch, and those can be watched: `Frontier` remembers, weakly, the memory that
+each piece of work has asked for. When the pieces together hold more than a bound, the one that pauses has its memory
+written to a file and freed; its tensors stay, empty, and are filled again by the first operation that touches them.
 """
 
 import tempfile
@@ -15,24 +15,38 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from iteris_sd import limits
 
 SMALL = 64 * 1024  # bytes; what is smaller stays in memory, since a file has its price, too
 
 
-@dataclass(frozen=True, eq=False)
-class _Away:
-    """Memory that lies in a file: whose it is, and where."""
+# The memory of a piece of work, by address; while it is referred to, even weakly, no other gets the same address.
+_Made = dict[int, StorageWeakRef]
 
-    storage: torch.UntypedStorage
+
+@dataclass(frozen=True)
+class _Away:
+    """Where in the file memory lies, in bytes."""
+
     offset: int
     size: int
 
 
+def bound(device: torch.device) -> int:
+    """How many bytes waiting work may hold on a device: half of what a GPU has left, since a file is a long way off
+    there, `limits.MAX_FRONTIER_BYTES` elsewhere."""
+    if device.type != "cuda":
+        return limits.MAX_FRONTIER_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused) // 2
+
+
 class Frontier:
-    """The tensors that pieces of work hold.
+    """The memory that pieces of work hold.
 
     ``peak``: the most bytes they held at any pause, those on disk included; ``spilled``: bytes written. ``bound``:
     above so many bytes the piece that pauses is spilled. Work is watched one piece at a time, each in its own thread,
@@ -42,7 +56,8 @@ class Frontier:
     def __init__(self, bound: int) -> None:
         self.peak, self.spilled = 0, 0
         self._bound = bound
-        self._made: dict[Hashable, WeakTensorKeyDictionary] = {}
+        self._made: dict[Hashable, _Made] = {}
+        self._held: dict[Hashable, int] = {}  # bytes in memory of each piece that stands still
         self._away: dict[int, _Away] = {}
         self._file: IO[bytes] | None = None  # opened by the first spill: most work needs none
         self._end = 0
@@ -50,39 +65,48 @@ class Frontier:
     @contextmanager
     def watched(self, key: Hashable) -> Iterator["_Watch"]:
         """Within the block, what this thread makes belongs to the piece ``key``."""
-        with _Watch(self, self._made.setdefault(key, WeakTensorKeyDictionary())) as watch:
+        with _Watch(self, self._made.setdefault(key, {})) as watch:
             yield watch
-        self._made.pop(key, None)
+        for address in self._made.pop(key, {}):
+            self._away.pop(address, None)
+        self._held.pop(key, None)
 
     def paused(self, key: Hashable) -> None:
         """The piece is about to stand still: count what all hold, and spill it if that is too much."""
-        held = {of: self._held(of) for of in self._made}
-        here = sum(storage.nbytes() for one in held.values() for storage in one.values())
-        on_disk = sum(self._away[i].size for one in held.values() for i in one if i in self._away)
-        self.peak = max(self.peak, here + on_disk)
+        storages = self._living(self._made[key])
+        self._held[key] = sum(storage.nbytes() for storage in storages)
+        here = sum(self._held.values())
+        self.peak = max(self.peak, here + sum(away.size for away in self._away.values()))
         if here > self._bound:
-            self._spill([s for s in held[key].values() if s.nbytes() >= SMALL])
+            self._held[key] -= self._spill([s for s in storages if s.nbytes() >= SMALL and s.resizable()])
 
     def restore(self, tensors: Sequence[Any]) -> None:
         """Bring back the memory of those of these that lie in the file."""
         for tensor in tensors:
             if self._away and isinstance(tensor, Tensor):
-                away = self._away.pop(_identity(tensor), None)
+                storage = tensor.untyped_storage()
+                away = self._away.pop(storage._cdata, None)
                 if away is not None:
-                    self._fill(away)
+                    self._fill(storage, away)
 
     def close(self) -> None:
         """Forget everything, and the file."""
         self._made.clear()
+        self._held.clear()
         self._away.clear()
         if self._file is not None:
             self._file.close()
 
-    def _held(self, key: Hashable) -> dict[int, torch.UntypedStorage]:
-        """The memory that a piece's living tensors share."""
-        return {_identity(t): t.untyped_storage() for t in self._made[key]}
+    def _living(self, made: _Made) -> list[torch.UntypedStorage]:
+        """A piece's memory that tensors still use; the rest is forgotten."""
+        for address in [address for address, ref in made.items() if ref.expired()]:
+            del made[address]
+            self._away.pop(address, None)
+        return [torch.UntypedStorage._new_with_weak_ptr(address) for address in made]
 
-    def _spill(self, storages: Sequence[torch.UntypedStorage]) -> None:
+    def _spill(self, storages: Sequence[torch.UntypedStorage]) -> int:
+        """Write memory to the file and free it; returns the number of bytes."""
+        before = self.spilled
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="iteris-")  # noqa: SIM115 - lives as long as this object
         for storage in storages:
@@ -90,18 +114,18 @@ class Frontier:
             self._file.seek(self._end)
             # A copy: memory that numpy has seen cannot be freed any more.
             self._file.write(_bytes(storage).to("cpu", copy=True).numpy().data)
-            self._away[storage._cdata] = _Away(storage, self._end, size)
+            self._away[storage._cdata] = _Away(self._end, size)
             self._end += size
             self.spilled += size
             storage.resize_(0)
-        self._away = {key: a for key, a in self._away.items() if a.storage.nbytes() == 0}
+        return self.spilled - before
 
-    def _fill(self, away: _Away) -> None:
+    def _fill(self, storage: torch.UntypedStorage, away: _Away) -> None:
         assert self._file is not None
         self._file.seek(away.offset)
         content = np.frombuffer(bytearray(self._file.read(away.size)), np.uint8)
-        away.storage.resize_(away.size)
-        _bytes(away.storage).copy_(torch.from_numpy(content))
+        storage.resize_(away.size)
+        _bytes(storage).copy_(torch.from_numpy(content))
         if not self._away:
             self._end = 0  # nothing lies in the file any more: begin anew
 
@@ -109,37 +133,46 @@ class Frontier:
 class _Watch(TorchDispatchMode):
     """Sees every operation of its thread: restores what it reads, remembers what it makes."""
 
-    def __init__(self, frontier: Frontier, made: WeakTensorKeyDictionary) -> None:
+    def __init__(self, frontier: Frontier, made: _Made) -> None:
         super().__init__()
-        self._frontier, self._made, self._muted = frontier, made, False
+        self._frontier, self._made = frontier, made
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Within the block, what is made belongs to nobody."""
-        self._muted = True
+        """Within the block, what is made belongs to nobody; nothing that lies in the file may be read there."""
+        if _get_current_dispatch_mode() is not self:
+            raise ValueError("watched work may not change the dispatch modes of torch around its layers")
+        self.__exit__(None, None, None)
         try:
             yield
         finally:
-            self._muted = False
+            self.__enter__()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operation."""
-        given = [t for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, Tensor)]
+        given = _tensors((*args, *(kwargs or {}).values()))
         self._frontier.restore(given)
         result = func(*args, **(kwargs or {}))
-        if not self._muted:
+        for tensor in _tensors((result,)):
+            storage = tensor.untyped_storage()
+            address = storage._cdata
             # What shares the memory of something not made here, as a weight's transpose does, is not ours to spill.
-            foreign = {_identity(t) for t in given if t not in self._made}
-            for tensor in tree_flatten(result)[0]:
-                if isinstance(tensor, Tensor) and _identity(tensor) not in foreign:
-                    self._made[tensor] = None
+            if address not in self._made and all(t.untyped_storage()._cdata != address for t in given):
+                self._made[address] = StorageWeakRef(storage)
         return result
 
 
-def _identity(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, which may be tensors, or lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [one for one in value if isinstance(one, Tensor)]
+    return found
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 192  # columns at a time; wide enough for products at full speed
+BLOCK = 192  # columns at a time; wide enough for products at full speed on a CPU
+GPU_BLOCK = 768  # and on a GPU, which wants fewer and larger ones
 ROWS = 4096  # added up in float32 before they go into float64; rounding grows with their number
 
 
@@ -64,7 +65,9 @@ class Sums:
         self._sums: list[Tensor] = []  # XᵀX, X̃ᵀX and X̃ᵀX̃ in float64; of the symmetric ones the upper blocks
         self._rough: list[Tensor] = []  # what is not in them yet
         self._waiting = self._count = 0
-        self._apart = 0.0
+        self._apart: Tensor | float = (
+            0.0  # a tensor: asking a GPU for the number would make it wait each time
+        )
 
     def add(self, X: Tensor, X_merged: Tensor | None = None) -> None:
         """Add the inputs X and X̃, each (…, in) and paired row by row; X̃ = X unless given, and then always so."""
@@ -77,7 +80,7 @@ class Sums:
             X_merged = _rows(X_merged, self._exact)
             self._rough[1].addmm_(X_merged.T, X)
             _add_gram(self._rough[2], X_merged)
-            self._apart += float(_wide((X_merged - X).square().sum(dim=0)).sum())
+            self._apart = self._apart + _wide((X_merged - X).square().sum(dim=0)).sum()
         self._count += len(X)
         self._waiting += len(X)
         if self._waiting >= ROWS and not self._exact:
@@ -100,21 +103,27 @@ class Sums:
         for symmetric in self._sums[::2]:
             _mirror(symmetric)
         own, cross, merged = self._sums if len(self._sums) == 3 else self._sums * 3
-        return Moments(own, cross, merged, self._count, self._apart)
+        return Moments(own, cross, merged, self._count, float(self._apart))
 
 
 def _add_gram(G: Tensor, X: Tensor) -> None:
     """G += XᵀX, but for the blocks below the diagonal."""
-    for k in range(0, X.shape[1], BLOCK):
-        end = k + BLOCK
+    block = _block(G)
+    for k in range(0, X.shape[1], block):
+        end = k + block
         G[k:end, k:].addmm_(X[:, k:end].T, X[:, k:])
 
 
 def _mirror(G: Tensor) -> None:
     """Fill the blocks below the diagonal."""
-    for k in range(0, G.shape[1], BLOCK):
-        end = k + BLOCK
+    block = _block(G)
+    for k in range(0, G.shape[1], block):
+        end = k + block
         G[end:, k:end] = G[k:end, end:].T
+
+
+def _block(G: Tensor) -> int:
+    return BLOCK if G.device.type == "cpu" else GPU_BLOCK
 
 
 def _rows(x: Tensor, exact: bool) -> Tensor:

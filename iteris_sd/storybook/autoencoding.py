@@ -57,7 +57,7 @@ def _kept(
         blocks = []
         for k in range(0, len(pixels), _BATCH):
             part = to_tensor(pixels[k : k + _BATCH]).to(vae.device, memory_format=torch.channels_last)
-            with torch.inference_mode(), machine.autocast():
+            with torch.no_grad(), machine.autocast():
                 blocks.append(work(part).cpu().numpy())
         partial = path.with_suffix(".partial.npy")
         np.save(partial, np.concatenate(blocks))

@@ -193,7 +193,8 @@ class Backbone:
             yield
         finally:
             self._spelled = spelled
-            self.text_encoder.set_input_embeddings(table)
+            # The model may have moved meanwhile, where parts of it wait in main memory.
+            self.text_encoder.set_input_embeddings(table.to(longer.weight.device))
             self.tokenizer = self.pipeline.tokenizer = tokenizer
 
 

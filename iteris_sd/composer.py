@@ -127,16 +127,13 @@ def _drawn(
     from iteris_sd import rendering
 
     settings = rendering.Settings(recipe.sampler, recipe.steps, recipe.guidance, recipe.size)
-    batch, made = rendering.together(backbone, settings), []
-    for k in range(0, len(scene.seeds), batch):
-        seeds = scene.seeds[k : k + batch]
-        at_once = max(1, batch // len(seeds))
-        for first in range(0, len(scene.columns), at_once):
-            columns = scene.columns[first : first + at_once]
-            pictures = yield from _draw(backbone, recipe, scene, columns, seeds, settings, previewer)
-            for picture in _scored(pictures, scene, scorer):
-                made.append(picture)
-                yield picture
+    most, made = rendering.together(backbone, settings), []
+    for some, seeds in rendering.batches(len(scene.columns), scene.seeds, most):
+        columns = scene.columns[some]
+        pictures = yield from _draw(backbone, recipe, scene, columns, seeds, settings, previewer)
+        for picture in _scored(pictures, scene, scorer):
+            made.append(picture)
+            yield picture
     return made
 
 

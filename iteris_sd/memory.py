@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import nn
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
 WORK = 2 * 1024**3  # what one 512 px picture under guidance needs beside the weights, with room for a merge
+MORE = 4 * 1024**3  # beside that, for so many bytes four more pictures are drawn in one batch
+# How drivers and libraries say it, in lower case; cuDNN finds no engine when there is no room for any one's workspace.
+_RAN_OUT = ("out of memory", "enough memory", "allocate memory", "alloc_failed", "unable to find an engine")
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,12 @@ def plan(free: int, weights: int) -> Plan:
     return Plan(offload=room < WORK // 2, pieces=room < WORK)
 
 
+def free(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can still be had, those included that torch holds and nobody uses."""
+    there, _ = torch.cuda.mem_get_info(device)
+    return there + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def size(pipeline: StableDiffusionPipeline) -> int:
     """Bytes of all weights of a pipeline."""
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
@@ -38,10 +50,9 @@ def placed(pipeline: StableDiffusionPipeline, device: torch.device) -> Plan:
     if device.type != "cuda":
         pipeline.to(device)
         return Plan()
-    free, _ = torch.cuda.mem_get_info(device)
-    chosen = plan(free, size(pipeline))
+    chosen = plan(free(device), size(pipeline))
     if chosen.pieces:
-        pipeline.enable_vae_tiling()
+        pipeline.vae.enable_tiling()
         pipeline.enable_attention_slicing()
     pipeline.unet.to(memory_format=torch.channels_last)
     if chosen.offload:
@@ -55,7 +66,17 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory, of a device or of the machine, was not enough."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _RAN_OUT)
+
+
+def batches(device: torch.device) -> int:
+    """How many batches of four pictures of 512 px fit into one on this device, which holds the model already: 1 to 4.
+
+    More at once would not be drawn faster: so many rows keep a large GPU busy.
+    """
+    if device.type != "cuda":
+        return 1
+    return min(4, 1 + max(0, free(device) - WORK) // MORE)
 
 
 def tidy() -> None:

@@ -7,7 +7,7 @@ are much faster, several seeds are drawn together, and a picture may differ by r
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -38,7 +38,7 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
     "unipc": UniPCMultistepScheduler,
     "lcm": LCMScheduler,
 }
-_AT_ONCE = 16_384  # latent pixels in one pass of a GPU, twice that under guidance: 4 pictures of 512 px
+_AT_ONCE = 16_384  # latent pixels in one pass of a small GPU, twice that under guidance: 4 pictures of 512 px
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,21 @@ def guided(backbone: Backbone, latents: Tensor, time: Tensor, states: Tensor, gu
 def together(backbone: Backbone, settings: Settings) -> int:
     """How many pictures are drawn in one batch."""
     _, height, width = backbone.latent_shape(settings.size)
-    return 1 if backbone.device.type == "cpu" else max(1, _AT_ONCE // (height * width))
+    if backbone.device.type == "cpu":
+        return 1
+    return max(1, memory.batches(backbone.device) * _AT_ONCE // (height * width))
+
+
+def batches(columns: int, seeds: Sequence[int], most: int) -> Iterator[tuple[slice, Sequence[int]]]:
+    """So many columns of pictures by these seeds, cut up: which columns, and seeds, are drawn in one batch of `most`.
+
+    Seeds first; columns join where few seeds leave room.
+    """
+    for k in range(0, len(seeds), most):
+        some = seeds[k : k + most]
+        several = max(1, most // len(some))
+        for first in range(0, columns, several):
+            yield slice(first, first + several), some
 
 
 def render(
@@ -223,9 +237,22 @@ def _clean(sampler: SchedulerMixin, noisy: Tensor, predicted: Tensor, time: Tens
     return (noisy - noise * predicted) / signal
 
 
-@torch.no_grad()
 def decode(backbone: Backbone, latents: Tensor) -> list[Drawn]:
-    """Pictures of latents (n, c, h, w), seen by the safety checker where the model has one."""
+    """Pictures of latents (n, c, h, w), seen by the safety checker where the model has one.
+
+    Where memory does not suffice for all, one after the other.
+    """
+    try:
+        return _decoded(backbone, latents)
+    except (RuntimeError, MemoryError) as error:
+        if len(latents) == 1 or not memory.ran_out(error):
+            raise
+    memory.tidy()
+    return [drawn for one in latents.split(1) for drawn in _decoded(backbone, one)]
+
+
+@torch.no_grad()
+def _decoded(backbone: Backbone, latents: Tensor) -> list[Drawn]:
     pixels = backbone.vae.decode(latents / backbone.vae.config.scaling_factor).sample
     pixels, found = backbone.pipeline.run_safety_checker(pixels, backbone.device, backbone.dtype)
     pictures = backbone.pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from iteris_sd import dino as dinos
+from iteris_sd import memory
 from iteris_sd.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ TEXT_FACTOR = 2.5
 INTERVAL = "95 % interval of the mean (Student's t over pictures)"
 BASELINE = "linear"  # what other methods are compared with: the plain average
 _BATCH = 16  # pictures or texts at once: ViT-L/14 fits in two gigabytes
+_ROOM = 2 * 1024**3  # bytes that it then takes of a GPU
 
 # Corners of windows (left, top, right, bottom) in quarters of a picture's sides: the whole first, then those of three
 # quarters and of half its side, each a quarter from the next. So whatever takes half the side is seen to at least three
@@ -167,8 +169,20 @@ class Scorer:
         return _joined([self._seen(pictures[k : k + _BATCH]) for k in range(0, len(pictures), _BATCH)])
 
     def _seen(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Embeddings of a few pictures; where memory does not suffice, of one after the other."""
         pixels = torch.stack([self.preprocess(picture.convert("RGB")) for picture in pictures])
-        return self.model.encode_image(pixels.to(self.device), normalize=True)
+        try:
+            return self.model.encode_image(pixels.to(self.device), normalize=True)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+        memory.tidy()
+        if len(pictures) == 1:
+            raise UserError(
+                f"Memory ran out while {self.name} looked at one picture. Close other programs that use the device, or "
+                "choose no scorer."
+            )
+        return torch.cat([self._seen([picture]) for picture in pictures])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -241,7 +255,7 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 @lru_cache(maxsize=1)
 def load(name: str, device: str | torch.device | None = None) -> Scorer:
-    """Load the scorer called `name`, a key of `SCORERS`, once per process; the device is a GPU if there is one.
+    """Load the scorer called `name`, a key of `SCORERS`, once per process; on a GPU if there is one with room for it.
 
     DINO joins in where its weights are in the Hub's cache, though not beside Storybook's own scorer: what DINO makes of
     small drawn pictures nobody has measured. ITERIS_SD_DINO=on or off decides otherwise (`dino.load`). On a CPU the
@@ -252,7 +266,7 @@ def load(name: str, device: str | torch.device | None = None) -> Scorer:
     if name not in SCORERS:
         raise UserError(f"There is no scorer {name!r}; choose one of {', '.join(SCORERS)}.")
     source = SCORERS[name]
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or _place())
     dino = dinos.load(where, usual=source.photographic)
     try:
         with _quiet():
@@ -263,6 +277,12 @@ def load(name: str, device: str | torch.device | None = None) -> Scorer:
         ) from error
     count = source.on_cpu if where.type == "cpu" else len(WINDOWS)
     return Scorer(source.title, model.eval().requires_grad_(False), preprocess, tokenizer, where, dino, count)
+
+
+def _place() -> str:
+    """A GPU that has room for a scorer and for drawing, else the CPU."""
+    roomy = torch.cuda.is_available() and memory.free(torch.device("cuda")) >= memory.WORK + _ROOM
+    return "cuda" if roomy else "cpu"
 
 
 def _open(source: Source, device: torch.device) -> tuple[CLIP, Any, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from iteris_sd import limits
+from iteris_sd import limits, memory
 
 SMALL = 64 * 1024  # bytes; what is smaller stays in memory, since a file has its price, too
 
@@ -40,9 +40,7 @@ def bound(device: torch.device) -> int:
     there, `limits.MAX_FRONTIER_BYTES` elsewhere."""
     if device.type != "cuda":
         return limits.MAX_FRONTIER_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (free + unused) // 2
+    return memory.free(device) // 2
 
 
 class Frontier:

@@ -1,8 +1,9 @@
 """`bench render`: pictures per second of several methods by several seeds, here and by the plain diffusers loop.
 
 The plain loop loads each method's LoRA into the pipeline and calls it once for each seed. Both ways draw the same
-pictures on Stable Diffusion v1.5's shapes with random weights, method by method in turn. The bound is the U-Net alone,
-with no LoRA, in the batches that we draw in.
+pictures with the same model, of Stable Diffusion v1.5's shapes and random weights, placed in memory as ours is; all
+pictures are drawn by one way, then by the other, twice. The bound is the U-Net alone, with no LoRA, in the batches that
+we draw in.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import transformers
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from iteris_sd import bases, formats, rendering, sd15
+from iteris_sd import bases, formats, memory, rendering, sd15
 from iteris_sd.backbone import Backbone
 from iteris_sd.benchmarks import measuring
 from iteris_sd.benchmarks.problems import random_lora
@@ -26,6 +27,7 @@ from iteris_sd.calibration import finish
 from iteris_sd.lora import LoRA
 
 PROMPT, NEGATIVE = "a dog next to a red barn on the beach", "blurry"
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -67,60 +69,69 @@ def on_this_machine() -> Job:
 def run(job: Job, build: Callable[[], StableDiffusionPipeline] = sd15.random_pipeline) -> Result:
     """Measure both ways on the pipeline that `build` makes."""
     transformers.utils.logging.disable_progress_bar()
-    pipeline = build().to(job.device)
+    pipeline = build()
     if job.device == "cuda":
         pipeline.to(torch.float16)
-    pipeline.set_progress_bar_config(disable=True)
+    memory.placed(pipeline, torch.device(job.device))
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     backbone = Backbone(bases.BASES["sd15"], pipeline)
     settings = rendering.Settings("dpm++", job.steps, 7.5, job.size)
-    batch = min(job.seeds, rendering.together(backbone, settings))
     touched = {name: layer for name, layer in backbone.layers.items() if "attn" in name}
     loras = [random_lora(touched, job.rank, seed) for seed in range(job.methods)]
-    _ours(backbone, loras[0], range(1), settings, 1)  # the first pass of all is slower
+    most = rendering.together(backbone, settings)
+    parts = list(rendering.batches(job.methods, range(job.seeds), most))
+    sizes = [len(loras[some]) * len(seeds) for some, seeds in parts]
+    _ours(backbone, loras, parts[:1], settings)  # the first pass of all is slower
     ours = plain = 0.0
     with tempfile.TemporaryDirectory(prefix="iteris-sd-") as folder:
-        for k, lora in enumerate(loras):
-            file = Path(folder, f"{k}.safetensors")
+        files = [Path(folder, f"{k}.safetensors") for k in range(job.methods)]
+        for file, lora in zip(files, loras, strict=True):
             formats.write(file, lora, {})
-            here = partial(_ours, backbone, lora, range(job.seeds), settings, batch)
-            ours += measuring.seconds(here, job.device)[0]
-            plain += measuring.seconds(partial(_plain, pipeline, file, job), job.device)[0]
-    alone = measuring.seconds(lambda: _unet_alone(backbone, job, batch), job.device)[0]
+        for _ in range(ROUNDS):
+            ours += measuring.seconds(partial(_ours, backbone, loras, parts, settings), job.device)[0]
+            plain += measuring.seconds(partial(_plain, pipeline, files, job), job.device)[0]
+    alone = measuring.seconds(partial(_unet_alone, backbone, job, sizes), job.device)[0]
     count = job.pictures
-    return Result(job, measuring.machine(job.device), batch, count / ours, count / plain, count / alone)
+    rates = (ROUNDS * count / ours, ROUNDS * count / plain, count / alone)
+    return Result(job, measuring.machine(job.device), max(sizes), *rates)
 
 
 def _ours(
-    backbone: Backbone, lora: LoRA, seeds: Sequence[int], settings: rendering.Settings, batch: int
+    backbone: Backbone,
+    loras: Sequence[LoRA],
+    parts: Sequence[tuple[slice, Sequence[int]]],
+    settings: rendering.Settings,
 ) -> None:
-    with backbone.prepared({}, lora):
-        for k in range(0, len(seeds), batch):
-            finish(rendering.render(backbone, PROMPT, NEGATIVE, seeds[k : k + batch], settings))
+    looks = [rendering.Look(PROMPT, lora) for lora in loras]
+    for some, seeds in parts:
+        finish(rendering.render_columns(backbone, looks[some], NEGATIVE, seeds, settings))
 
 
-def _plain(pipeline: StableDiffusionPipeline, file: Path, job: Job) -> None:
-    pipeline.load_lora_weights(str(file))
-    for seed in range(job.seeds):
-        pipeline(
-            PROMPT,
-            negative_prompt=NEGATIVE,
-            num_inference_steps=job.steps,
-            guidance_scale=7.5,
-            height=job.size,
-            width=job.size,
-            generator=torch.Generator().manual_seed(seed),
-        )
-    pipeline.unload_lora_weights()
+def _plain(pipeline: StableDiffusionPipeline, files: Sequence[Path], job: Job) -> None:
+    for file in files:
+        pipeline.load_lora_weights(str(file))
+        for seed in range(job.seeds):
+            pipeline(
+                PROMPT,
+                negative_prompt=NEGATIVE,
+                num_inference_steps=job.steps,
+                guidance_scale=7.5,
+                height=job.size,
+                width=job.size,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        pipeline.unload_lora_weights()
 
 
 @torch.no_grad()
-def _unet_alone(backbone: Backbone, job: Job, batch: int) -> None:
-    latents = torch.zeros(2 * batch, *backbone.latent_shape(job.size)).to(backbone.device, backbone.dtype)
-    states = backbone.encode([PROMPT]).expand(2 * batch, -1, -1)
-    time = torch.tensor(500, device=backbone.device)
-    for _ in range(job.methods * -(-job.seeds // batch) * job.steps):
-        backbone.unet(latents, time, states)
+def _unet_alone(backbone: Backbone, job: Job, sizes: Sequence[int]) -> None:
+    """All denoising steps of batches of these sizes."""
+    state, time = backbone.encode([PROMPT]), torch.tensor(500, device=backbone.device)
+    for size in sizes:
+        latents = torch.zeros(2 * size, *backbone.latent_shape(job.size))
+        latents = latents.to(backbone.device, backbone.dtype)
+        for _ in range(job.steps):
+            backbone.unet(latents, time, state.expand(2 * size, -1, -1))
 
 
 def described(result: Result) -> dict[str, Any]:

@@ -30,11 +30,11 @@ def family(lora: LoRA, name: str) -> str:
             problems.append(error)
         else:
             return candidate
-    raise problems[-1]
+    raise problems[0]  # that of Stable Diffusion v1.5, which people's LoRAs are for
 
 
 def opened(source: Path, origin: str = "") -> Concept:
-    """A concept at a path: its own folder, a LoRA file or PEFT's folder, whose words are guessed.
+    """A concept at a path: its own folder, a LoRA file or a folder that one was saved into, whose words are guessed.
 
     `origin`: where a file came from, if not from there. Raises UserError when there is none, it cannot be read, or it
     fits no base model.
@@ -43,6 +43,7 @@ def opened(source: Path, origin: str = "") -> Concept:
         return read_concept(source)
     if not source.exists():
         raise UserError(f"There is no concept and no file {str(source)!r}; `concepts` lists the names.")
+    source = formats.located(source)
     content = formats.read(source)
     found = guessing.concept(source, content, origin)
     return replace(found, base=family(content.lora, f"The LoRA {source.name}"))
@@ -72,11 +73,13 @@ def opening(library: Library, names: Iterable[str]) -> Generator[tuple[int, int]
 
 
 def keep(kept: Kept, source: Path, **words: Any) -> Concept:
-    """Keep a concept from a LoRA file, a PEFT folder or a concept's folder; `words` are those of `Kept.add`.
+    """Keep a concept from a LoRA file, a folder that one was saved into, or a concept's; `words` are `Kept.add`'s.
 
     Raises UserError when it cannot be read, or fits no base model.
     """
-    lora = read_concept(source).lora if (source / "concept.json").is_file() else source
+    described = (source / "concept.json").is_file()
+    source = source if described else formats.located(source)
+    lora = read_concept(source).lora if described else source
     base = family(formats.read(lora).lora, f"The LoRA {source.name}")
     return kept.add(source, base=base, **words)
 

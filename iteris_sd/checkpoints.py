@@ -39,15 +39,17 @@ def _folder(path: Path) -> bases.Base:
 
 
 def _single_file(path: Path) -> bases.Base:
-    from iteris_sd.formats.header import FLOATS, WHOLE, read_header
+    from iteris_sd.formats.header import read_header
 
     try:
-        entries = read_header(path, limits.MAX_CHECKPOINT_BYTES, {**FLOATS, **WHOLE}).entries
+        header = read_header(path)
+        header.check_size(limits.MAX_CHECKPOINT_BYTES)
     except UserError as error:
         message = str(error)
         raise UserError(
             f"{path.name} cannot be the base model: {message[:1].lower()}{message[1:]}"
         ) from error
+    entries = header.entries
     if _READER not in entries:
         if any(key.startswith("conditioner.") for key in entries):
             raise UserError(_refusal(path, "Stable Diffusion XL"))

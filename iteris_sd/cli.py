@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
@@ -76,6 +76,12 @@ Weight = Annotated[float | None, typer.Option(help="How strongly it is applied u
 Pictures = Annotated[
     list[Path] | None, typer.Option("--picture", help="A picture of it to score against, repeatable.")
 ]
+Tokens = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--token", metavar="FILE", help="A file of learned tokens (textual inversion) of it, repeatable."
+    ),
+]
 
 
 @shelf.callback(invoke_without_command=True)
@@ -101,7 +107,8 @@ def add(
     source: Annotated[
         str,
         typer.Argument(
-            help="A LoRA file, a folder, an exported .zip, or an id on the Hugging Face Hub: owner/name[:file]."
+            help="A LoRA file, a folder, a .zip of either or an exported one, or an id on the Hugging Face Hub: "
+            "owner/name[:file]."
         ),
     ],
     title: Title = None,
@@ -109,23 +116,17 @@ def add(
     class_noun: ClassNoun = None,
     weight: Weight = None,
     pictures: Pictures = None,
+    tokens: Tokens = None,
 ) -> None:
     """Keep a concept; what is not told is guessed from its file."""
     with _answering():
-        from iteris_sd import adding, hub
+        from iteris_sd import bringing, hub
 
-        kept, path = Kept.usual(), Path(source)
-        said = _said(title, trigger, class_noun, weight)
-        shown = {"references": pictures or [], **said}
-        if path.suffix == ".zip":
-            concept = adding.unpack(kept, path)
-        elif not path.exists() and (id := hub.parse(source)) is not None:
-            got = _watched(events.downloading(adding.fetch(id), source))
-            more = {"origin": str(id), "revision": got.revision, "tokens": got.tokens}
-            concept = adding.keep(kept, got.file, **shown, **more)
-        else:
-            concept = adding.keep(kept, path, **shown)
-        _tell(concept)
+        file, own, more = Path(source), tokens or [], _said(title, trigger, class_noun, weight)
+        if not file.exists() and (id := hub.parse(source)) is not None:
+            file, found, revision = _watched(events.downloading(hub.fetch_lora(id), source))
+            own, more = [*found, *own], {"origin": str(id), "revision": revision, **more}
+        _tell(bringing.keep(Kept.usual(), [file], references=pictures or [], tokens=own, **more))
 
 
 @shelf.command()
@@ -136,10 +137,13 @@ def edit(
     class_noun: ClassNoun = None,
     weight: Weight = None,
     pictures: Pictures = None,
+    tokens: Tokens = None,
 ) -> None:
-    """Change what is said of a concept; new pictures take the place of the old ones."""
+    """Change what is said of a concept; new pictures take the place of the old ones, tokens are added."""
     with _answering():
         kept = Kept.usual()
+        if tokens:
+            kept.add_tokens(name, tokens)
         if pictures:
             kept.set_references(name, pictures)
         _tell(kept.edit(name, **_said(title, trigger, class_noun, weight)))
@@ -402,6 +406,13 @@ def bench_render(as_json: AsJson = False) -> None:
 
 @app.command(name="app")
 def page(
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model that the page begins with: a name, or the path of a diffusers folder or a single-file "
+            "checkpoint, which it offers by that file's name."
+        ),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = None,
     port: Annotated[int | None, typer.Option(help="The port to listen on.", min=1, max=65535)] = None,
     share: Annotated[bool, typer.Option("--share", help="Also open a public link.")] = False,
@@ -413,7 +424,7 @@ def page(
     with _answering():
         from iteris_sd import ui
 
-        ui.launch(host=host, port=port, share=share, mcp=mcp)
+        ui.launch(host=host, port=port, share=share, mcp=mcp, base=None if base is None else _offered(base))
 
 
 @contextmanager
@@ -457,6 +468,19 @@ def _told(path: Path) -> Recipe:
     if isinstance(data.get("base"), str):
         data["base"] = checkpoints.opened(data["base"]).name
     return Recipe.of(data)
+
+
+def _offered(text: str) -> str:
+    """The name that a page has for the base model that is meant; of one at a path it tells nobody where that is."""
+    found = checkpoints.opened(text)
+    if not Path(found.name).is_absolute():
+        return found.name
+    del bases.BASES[found.name]
+    name = Path(found.name).name
+    while name in bases.BASES or name in bases.ALLOWED:
+        name += " (another)"
+    bases.add(replace(found, name=name))
+    return name
 
 
 def _library(recipe: Recipe) -> Library:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from iteris_sd.errors import UserError
 from iteris_sd.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -125,3 +128,42 @@ def relayed(work: Generator[S, None, T], told: Callable[[S], Progress]) -> Gener
                 result: T = stop.value
                 return result
             yield told(step)
+
+
+# ---------------------------------------------------------------- to another process
+
+
+@dataclass(frozen=True)
+class Failure:
+    """That work in another process failed. `told`: the sentence of a UserError; `trace`: of anything else."""
+
+    told: str = ""
+    trace: str = ""
+
+
+def sent(work: Generator[Any, None, Any]) -> Generator[bytes, None, None]:
+    """What work yields, in bytes for another process; what it fails of comes last, as a `Failure`.
+
+    Bytes, since queues between processes pass tensors on as shared memory, and each of those keeps a file open.
+    """
+    with closing(work):
+        try:
+            for event in work:
+                yield pickle.dumps(event)
+        except UserError as error:
+            yield pickle.dumps(Failure(told=str(error)))
+        except Exception:
+            yield pickle.dumps(Failure(trace=traceback.format_exc()))
+
+
+def received(parts: Generator[bytes, None, Any]) -> Generator[Any, None, None]:
+    """What `sent` put into bytes, in a process of our own.
+
+    Raises UserError where the work did, and RuntimeError with the trace where it failed of anything else.
+    """
+    with closing(parts):
+        for part in parts:
+            event = pickle.loads(part)
+            if isinstance(event, Failure):
+                raise UserError(event.told) if event.told else RuntimeError(event.trace)
+            yield event

@@ -25,7 +25,7 @@ _OPENING = re.compile(
     re.IGNORECASE,
 )  # of a prompt: "a close photo of a …"
 _TOKEN = re.compile(r"<[^<>\s]+>")
-_KOHYA_FOLDER = re.compile(r"(\d{1,6})_(\S+ .+)")  # its repeats, a made-up word and a class: "10_sks dog"
+_KOHYA_FOLDER = re.compile(r"(\d{1,6})_(\S.*)")  # its repeats, a made-up word and often a class: "10_sks dog"
 _NOTHING = "subject"  # for a file of which nothing is known, not even a name
 
 
@@ -112,11 +112,14 @@ def _joined(tokens: Collection[str], noun: str) -> str:
 def _folder(metadata: Mapping[str, str]) -> str:
     """The made-up word and class in the name of kohya's training folder; of several, the one most often repeated.
 
-    Folders of the class alone, trained on against forgetting, have one word or are repeated less.
+    Folders of the class alone, trained on against forgetting, have one word or are repeated less. The only folder is
+    that of the subject, with a class or without.
     """
-    named = [name for key in ("ss_tag_frequency", "ss_dataset_dirs") for name in _table(metadata.get(key))]
+    named = {
+        name: None for key in ("ss_tag_frequency", "ss_dataset_dirs") for name in _table(metadata.get(key))
+    }
     matches = [match for name in named if (match := _KOHYA_FOLDER.fullmatch(tidy(name)))]
-    matches = [match for match in matches if _short(match[2])]
+    matches = [match for match in matches if _short(match[2]) and (" " in match[2] or len(named) == 1)]
     return max(matches, key=lambda match: int(match[1]))[2] if matches else ""
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any
 
 from iteris_sd import limits, serving
@@ -77,30 +77,37 @@ def listing(repo: str, revision: str | None = None) -> Listing:
     return Listing(repo, info.sha or "", {one.rfilename: one.size or 0 for one in info.siblings or ()})
 
 
-def cached(repo: str, required: Sequence[str]) -> Path | None:
-    """The cached snapshot that holds all of `required`, without any network; None when no snapshot does.
+def snapshots(repo: str) -> list[Path]:
+    """The cached snapshots of a repository, whole or not, without any network.
 
-    Of several, the one that ``main`` was when last looked at, else the newest.
+    First the one that ``main`` was when last looked at, then from the newest to the oldest.
     """
     home = _home(repo)
     main = home / "refs" / "main"
     current = main.read_text().strip() if main.is_file() else ""
-    snapshots = sorted(
+    return sorted(
         home.glob("snapshots/*"), key=lambda s: (s.name == current, s.stat().st_mtime), reverse=True
     )
-    return next((s for s in snapshots if all((s / name).is_file() for name in required)), None)
 
 
-def fetch(repo: str, names: Sequence[str], revision: str) -> Generator[tuple[int, int], None, Path]:
-    """Download the files `names` at `revision` into the cache; yield (bytes done, bytes in all), return the snapshot.
+def cached(repo: str, required: Sequence[str]) -> Path | None:
+    """The first of `snapshots` that holds all of `required`; None when none does."""
+    return next((s for s in snapshots(repo) if all((s / name).is_file() for name in required)), None)
 
-    Yields at least four times a second. Closing it stops the download; the files that have come are kept. Raises
-    UserError when they cannot be had or do not fit on the disk.
+
+def fetch(
+    repo: str, names: Sequence[str], revision: str, cache: Path | None = None
+) -> Generator[tuple[int, int], None, Path]:
+    """Download the files `names` at `revision`; yield (bytes done, bytes in all), return the snapshot.
+
+    They go into the Hub's usual cache, or into a cache of one's own in the folder `cache`. Yields at least four times
+    a second. Closing it stops the download at once, or, of a file in Xet storage, after that file, which cannot be
+    broken off; the files that have come are kept. Raises UserError when they cannot be had or do not fit on the disk.
     """
     there = listing(repo, revision)
     if unknown := [name for name in names if name not in there.files]:
         raise UserError(f"{repo} has no file {unknown[0]} at {revision}.")
-    download = _Download(there, names)
+    download = _Download(there, names, cache)
     download.check_room()
     download.start()
     try:
@@ -113,6 +120,11 @@ def fetch(repo: str, names: Sequence[str], revision: str) -> Generator[tuple[int
         download.stopped = True
     if download.problem is not None:
         raise download.problem
+    if missing := download.missing:
+        raise UserError(
+            f"{repo} has not come whole: {missing[0]} is not in {download.folder}; try again, and see whether "
+            "something else empties that folder."
+        )
     yield download.total, download.total
     return download.folder
 
@@ -122,20 +134,24 @@ class _Stopped(Exception):
 
 
 class _Download(Thread):
-    """Files on their way into the cache. `done`, `total`: bytes; `problem`: what went wrong."""
+    """Files on their way into a cache. `done`, `total`: bytes; `problem`: what went wrong."""
 
-    def __init__(self, listing: Listing, names: Sequence[str]) -> None:
+    def __init__(self, listing: Listing, names: Sequence[str], cache: Path | None) -> None:
         super().__init__(name="hub", daemon=True)
-        self.listing, self.names = listing, names
-        self.folder = _home(listing.repo) / "snapshots" / listing.revision
+        self.listing, self.names, self.cache = listing, names, cache
+        self.folder = _home(listing.repo, cache) / "snapshots" / listing.revision
         self.done, self.total = 0, sum(listing.files[name] for name in names)
         self.stopped = False
         self.problem: UserError | None = None
 
+    @property
+    def missing(self) -> list[str]:
+        """The files that are not there."""
+        return [name for name in self.names if not (self.folder / name).is_file()]
+
     def check_room(self) -> None:
         """Raise UserError when the disk has less room than what is yet to come takes."""
-        missing = [name for name in self.names if not (self.folder / name).is_file()]
-        needed = sum(self.listing.files[name] for name in missing)
+        needed = sum(self.listing.files[name] for name in self.missing)
         place = next(p for p in self.folder.parents if p.exists())
         free = shutil.disk_usage(place).free
         if needed > free:
@@ -146,36 +162,63 @@ class _Download(Thread):
 
     def run(self) -> None:
         """Fetch the files one after the other, until somebody says stop."""
-        from huggingface_hub import hf_hub_download
-
-        before, repo, revision = 0, self.listing.repo, self.listing.revision
         try:
-            with _telling(repo):
-                for name in self.names:
-                    hf_hub_download(repo, name, revision=revision, token=_token(), tqdm_class=self._bar())
-                    before += self.listing.files[name]
-                    self.done = before
+            with _telling(self.listing.repo):
+                self._fetch()
         except UserError as error:
             self.problem = error
         except _Stopped:
             pass
 
-    def _bar(self) -> Any:
-        """A progress bar as the library wants one, which shows nothing and counts."""
-        from tqdm import tqdm
+    def _fetch(self) -> None:
+        from huggingface_hub import hf_hub_download
 
-        download = self
+        repo, revision, before = self.listing.repo, self.listing.revision, 0
+        for name in self.names:
+            self.look()
+            size = self.listing.files[name]
+            bar = _counting(self, before, size)
+            hf_hub_download(
+                repo, name, revision=revision, cache_dir=self.cache, token=_token(), tqdm_class=bar
+            )
+            before += size
+            self.done = before
 
-        class Counting(tqdm):
-            def __init__(self, *args: Any, **options: Any) -> None:
-                super().__init__(*args, **{**options, "disable": True})
+    def look(self) -> None:
+        """Raise _Stopped where nobody waits any more; in this thread, since Xet's own would print it and go on."""
+        if self.stopped and current_thread() is self:
+            raise _Stopped
 
-            def update(self, n: float | None = 1) -> None:
-                if download.stopped:
-                    raise _Stopped
-                download.done += int(n or 0)
 
-        return Counting
+def _counting(download: _Download, before: int, size: int) -> Any:
+    """A progress bar as the library wants one, which shows nothing and counts the bytes of a file of `size`.
+
+    `before`: bytes of the files before it. Over Xet one bar hears of two things, which each add up to the file: what
+    has come over the network, and what is written of it.
+    """
+    from tqdm import tqdm
+
+    class Counting(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            self.written = self.transferred = 0
+
+        def update(self, n: float | None = 1) -> None:
+            self.written += int(n or 0)
+            self.tell()
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            self.transferred += int(n or 0)
+            self.tell()
+
+        def set_transfer_postfix_str(self, text: str = "", refresh: bool = True) -> None:
+            pass
+
+        def tell(self) -> None:
+            download.look()
+            download.done = before + min(max(self.written, self.transferred), size)
+
+    return Counting
 
 
 def parse(text: str) -> LoraId | None:
@@ -219,6 +262,20 @@ def lora_files(wanted: LoraId) -> tuple[Listing, list[str]]:
         if one != name and _is_token(one, folder) and size <= limits.MAX_EMBEDDING_BYTES
     ]
     return found, [*names, *tokens[: limits.MAX_TOKENS]]
+
+
+def fetch_lora(
+    wanted: LoraId, cache: Path | None = None, check: Callable[[int], None] = lambda size: None
+) -> Generator[tuple[int, int], None, tuple[Path, tuple[Path, ...], str]]:
+    """Download a LoRA and its learned tokens as `fetch` does; return its file, those of its tokens, and the commit.
+
+    `check` hears how many bytes it has before they come, and may raise.
+    """
+    there, names = lora_files(wanted)
+    check(sum(there.files[name] for name in names))
+    folder = yield from fetch(there.repo, names, there.revision, cache)
+    first, *more = [folder / name for name in names]
+    return first, tuple(path for path in more if path.suffix == ".safetensors"), there.revision
 
 
 def _named(file: str, wanted: LoraId, files: Mapping[str, int]) -> str:
@@ -272,11 +329,11 @@ def _listed(files: Mapping[str, int]) -> str:
     return ", ".join(shown[:_LISTED]) + more
 
 
-def _home(repo: str) -> Path:
-    """Where the cache keeps a repository, as the Hub's documentation has it."""
+def _home(repo: str, cache: Path | None = None) -> Path:
+    """Where a cache, the usual one unless given, keeps a repository, as the Hub's documentation has it."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser() / "--".join(("models", *repo.split("/")))
+    return (cache or Path(constants.HF_HUB_CACHE).expanduser()) / "--".join(("models", *repo.split("/")))
 
 
 def _token() -> bool | None:
@@ -286,14 +343,14 @@ def _token() -> bool | None:
 
 @contextmanager
 def _telling(repo: str) -> Generator[None]:
-    """Turn what goes wrong between here and the Hub into UserErrors."""
+    """Turn what goes wrong between here and the Hub into UserErrors: all of it, since nobody sees a thread die."""
     from huggingface_hub import errors
 
     try:
         yield
-    except UserError:
+    except (UserError, _Stopped):
         raise
-    except (errors.HTTPError, OSError, ValueError) as error:
+    except Exception as error:
         hidden = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
         raise UserError(_sentence(hidden or error, repo)) from error
 
@@ -331,6 +388,12 @@ def _sentence(error: BaseException, repo: str) -> str:
                 f"The Hugging Face Hub cannot be reached, or the line broke ({type(error).__name__}); check the "
                 "network and try again: files that have come are kept."
             )
-        case OSError():
+        case OSError(errno=int()):
             return f"{repo} cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror or error}); look there."
-    return f"{constants.ENDPOINT} does not answer as the Hub does; a proxy or a login page may be in between."
+        case ValueError():
+            return f"{constants.ENDPOINT} does not answer as the Hub does; a proxy or a login page may be in between."
+    told = " ".join(str(error).split())[: limits.MAX_TOLD_CHARS] or type(error).__name__
+    return (  # hf_xet's errors are RuntimeErrors, or OSErrors without a number
+        f"{repo} cannot be downloaded ({told}); check the network and the room on the disk, and try again: files that "
+        "have come are kept. HF_HUB_DISABLE_XET=1 downloads them in the older way."
+    )

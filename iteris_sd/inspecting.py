@@ -20,6 +20,7 @@ from torch import Tensor
 
 from iteris_sd import formats
 from iteris_sd.bases import STRANGERS
+from iteris_sd.formats import base_model
 from iteris_sd.lora import LoRA, inner
 from iteris_sd.merging.decomposing import decompose
 
@@ -72,14 +73,14 @@ def describe(path: Path) -> Description:
         for name, part in found.lora.parts().items()
     }
     tokens = {token: len(vectors) for token, vectors in found.tokens.items()}
-    return Description(
-        path.name, found.dialect, family(found.lora), parts, blocks(found.lora), tokens, found.metadata
-    )
+    told = family(found.lora, found.metadata)
+    return Description(path.name, found.dialect, told, parts, blocks(found.lora), tokens, found.metadata)
 
 
-def family(lora: LoRA) -> str:
-    """The family of base models, told by the width of the text states that it reads; "unknown" where nothing tells."""
-    return FAMILIES.get(text_width(lora) or 0, "unknown")
+def family(lora: LoRA, metadata: Mapping[str, str] | None = None) -> str:
+    """The family of base models, told by the width of the text states that a LoRA reads, else by its metadata;
+    "unknown" where nothing tells."""
+    return FAMILIES.get(text_width(lora) or 0) or base_model.named(metadata or {}) or "unknown"
 
 
 def text_width(lora: LoRA) -> int | None:

@@ -6,18 +6,14 @@ others and then moved to its place, so that nothing half-made is ever seen.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
 import re
 import shutil
-import stat
-import struct
 import tempfile
 import unicodedata
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +22,7 @@ from typing import Any
 
 import platformdirs
 
-from iteris_sd import bases, concepts, limits
+from iteris_sd import bases, concepts, limits, zips
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
 
@@ -41,10 +37,6 @@ _KNOWN = re.compile(
     r"|lora/(?:(?:unet|text_encoder)/)?(?:adapter_config\.json|adapter_model\.safetensors)"
     r"|embeddings/[^./][^/]*\.safetensors|references/[^./][^/]*\.(?i:png|jpe?g|webp)"
 )  # the files of a concept's folder
-_DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
-    *(ValueError, RuntimeError, OverflowError),
-)  # what reading a damaged zip raises
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Kept:
 
         What is not said is as the concept's folder says, else guessed; the base, Stable Diffusion v1.5. The name is
         made fit for a folder, and numbered where another concept has it, shipped ones included. `tokens`: files of
-        learned tokens that belong to a LoRA. Raises UserError when anything cannot be read or is out of bounds; then
+        learned tokens that belong to it, too. Raises UserError when anything cannot be read or is out of bounds; then
         nothing is kept.
         """
         told, files = _read(source, origin, tokens)
@@ -131,14 +123,23 @@ class Kept:
         with drafting(self.folder) as draft:
             new, old = draft / "new", draft / "old"
             _write_references(new, paths)
-            if place.exists():
-                place.rename(old)
-            try:
-                new.rename(place)
-            except OSError:
-                if old.exists():
-                    old.rename(place)
-                raise
+            _exchange(place, new, old)
+        return self._one(name)
+
+    def add_tokens(self, name: str, paths: Sequence[Path]) -> Concept:
+        """Add files of learned tokens to a concept; one that is called as another takes its place.
+
+        Raises UserError when one cannot be read, or there would be too many; none is added then.
+        """
+        concept, place = self.library().find(name), self.folder / name / "embeddings"
+        files = {path.name: path for path in (*concept.embeddings, *paths)}
+        _check_tokens(name, list(files.values()))
+        with drafting(self.folder) as draft:
+            new, old = draft / "new", draft / "old"
+            new.mkdir()
+            for called, path in files.items():
+                shutil.copyfile(path, new / called)
+            _exchange(place, new, old)
         return self._one(name)
 
     def remove(self, name: str) -> None:
@@ -169,7 +170,7 @@ class Kept:
         with drafting(self.folder) as draft:
             unpacked = draft / "unpacked"
             try:
-                _unpack(path, unpacked)
+                zips.unpack(path, unpacked, _of_a_concept)
                 return self.add(unpacked)
             except UserError as error:
                 told = str(error).replace(str(unpacked), "its folder")
@@ -237,16 +238,44 @@ def _read(source: Path, origin: str, tokens: Sequence[Path]) -> tuple[Concept, d
         content = formats.read(concept.lora)
     else:
         content = formats.read(source)
-        concept = replace(guessing.concept(source, content, origin), embeddings=tuple(tokens))
-    if len(concept.embeddings) > limits.MAX_EMBEDDINGS:
-        raise UserError(
-            f"{concept.name} has {len(concept.embeddings)} files of learned tokens; at most {limits.MAX_EMBEDDINGS} "
-            "are kept."
-        )
-    for path in concept.embeddings:
-        formats.read_embeddings(path)
-    learned = {f"embeddings/{path.name}": path for path in concept.embeddings}
+        concept = guessing.concept(source, content, origin)
+    learned = {f"embeddings/{path.name}": path for path in (*concept.embeddings, *tokens)}
+    _check_tokens(concept.name, list(learned.values()))
     return concept, _lora_files(concept.lora, content.dialect) | learned
+
+
+def _check_tokens(name: str, paths: Sequence[Path]) -> None:
+    """Raise UserError when these are too many files of learned tokens, or one is none."""
+    from iteris_sd import formats
+
+    if len(paths) > limits.MAX_EMBEDDINGS:
+        raise UserError(
+            f"{name} has {len(paths)} files of learned tokens; at most {limits.MAX_EMBEDDINGS} are kept."
+        )
+    for path in paths:
+        formats.read_embeddings(path)
+
+
+def _exchange(place: Path, new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of another, which goes to `old`; it comes back where that fails."""
+    if place.exists():
+        place.rename(old)
+    try:
+        new.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise
+
+
+def _of_a_concept(names: Sequence[str]) -> Sequence[str]:
+    """All files of a zip. Raises UserError when it is not one that a concept was exported to."""
+    if "concept.json" not in names:
+        raise UserError("it holds no concept.json; choose a zip that a concept was exported to.")
+    for name in names:
+        if not _KNOWN.fullmatch(name):
+            raise UserError(f"its entry {name[:80]!r} is no part of a concept; remove it from the zip.")
+    return names
 
 
 def _lora_files(lora: Path, dialect: str) -> dict[str, Path]:
@@ -290,70 +319,3 @@ def _slug(name: str) -> str:
     """A name fit for a folder, with room for a number behind it."""
     words = re.sub(r"\W+", "-", unicodedata.normalize("NFKC", name).lower())
     return words[: limits.MAX_NAME_CHARS - 4].strip("-_") or "concept"
-
-
-class _Sparing(io.FileIO):
-    """A file that gives little at once, because a zip's list of entries is read whole, as long as it says it is."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        most = limits.MAX_ZIP_READ_BYTES
-        found = super().read(most + 1 if size is None or size < 0 else min(size, most + 1)) or b""
-        if len(found) > most:
-            raise UserError(f"its list of entries has more than {most:,} bytes; it is no honest zip.")
-        return found
-
-
-def _unpack(path: Path, folder: Path) -> None:
-    """Unpack a concept. Raises UserError, "it …", when the zip is no such, or holds what could do harm."""
-    if not path.is_file():
-        raise UserError("it is not a file.")
-    room = most = min(limits.MAX_FILE_BYTES, limits.MAX_ZIP_RATIO * path.stat().st_size)
-    try:
-        with _Sparing(path) as file, zipfile.ZipFile(file) as archive:
-            for name, entry in _entries(archive).items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as packed, (folder / name).open("wb") as unpacked:
-                    while piece := packed.read(limits.MAX_ZIP_READ_BYTES // 2):
-                        room -= len(piece)
-                        if room < 0:
-                            raise UserError(f"it unpacks to more than {most:,} bytes; it is no honest zip.")
-                        unpacked.write(piece)
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        raise UserError("it is damaged, or no zip; export the concept again.") from error
-    except OSError as error:
-        raise UserError(f"it cannot be unpacked ({error.strerror or error}).") from error
-
-
-def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The files of a zip, by what they are called in a concept's folder."""
-    found = archive.infolist()
-    if len(found) > limits.MAX_ZIP_ENTRIES:
-        raise UserError(f"it holds {len(found)} entries; at most {limits.MAX_ZIP_ENTRIES} are unpacked.")
-    for entry in found:
-        _check(entry)
-    names = {entry.filename: entry for entry in found if not entry.is_dir()}
-    top = next(iter(names), "").partition("/")[0] + "/"
-    if all(name.startswith(top) for name in names):
-        names = {name.removeprefix(top): entry for name, entry in names.items()}
-    if "concept.json" not in names:
-        raise UserError("it holds no concept.json; choose a zip that a concept was exported to.")
-    for name in names:
-        if not _KNOWN.fullmatch(name):
-            raise UserError(f"its entry {name[:80]!r} is no part of a concept; remove it from the zip.")
-    if len({name.lower() for name in names}) < sum(not entry.is_dir() for entry in found):
-        raise UserError("it holds a file twice; export the concept again.")
-    return names
-
-
-def _check(entry: zipfile.ZipInfo) -> None:
-    """Raise UserError when an entry leads elsewhere, is no plain file, or is packed in a way that is not read."""
-    name, kind = entry.orig_filename, stat.S_IFMT(entry.external_attr >> 16)
-    steps = name.removesuffix("/").split("/")
-    if set(steps) & {"", ".", ".."} or set(name) & set("\\:") or not name.isprintable():
-        raise UserError(f"its entry {name[:80]!r} has an unsafe name; rename it if you trust the zip.")
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UserError(f"its entry {name[:80]!r} is a link or a device, no plain file; it is no honest zip.")
-    if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"its entry {name[:80]!r} is locked or packed by an unusual method; export it again.")

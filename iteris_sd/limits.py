@@ -25,7 +25,9 @@ MAX_IDLE_SECONDS = (
 )  # of a visit whose page was not seen to close, as programs' never are; then its files go
 MAX_PUBLIC_PICTURES = 32  # of one composition on a public page: minutes of a shared GPU
 MAX_PUBLIC_STEPS = 50  # denoising steps there
-MAX_GPU_SECONDS = 120  # of a shared GPU that one composition may ask for
+MAX_PUBLIC_WORK = 400  # steps of all pictures there, counted at 512 px: 16 pictures, minutes of two cores
+MAX_PUBLIC_PASSES = 4000  # of calibration samples there, likewise: six concepts with the usual 50 each
+MAX_GPU_SECONDS = 120  # of a lent GPU that one composition may ask for; strangers are lent as much in a day
 
 # Base models
 MAX_CHECKPOINT_BYTES = 16 * 1024**3  # SD v1.5 with its EMA in fp32 is 8 GB
@@ -89,3 +91,16 @@ MAX_TITLE_CHARS = 200  # of a composition's prompt, and of its concepts' names, 
 MAX_QUERY_CHARS = 16 * 1024  # two prompts of the most characters, four bytes each, take 11 kB
 MAX_DRAWN_BYTES = 32 * 1024**2  # a picture of 1024 px takes 4 MB with all it says
 MAX_TOLD_CHARS = 300  # of a complaint that repeats what a stranger wrote; a sentence takes no more
+
+# Headers and settings of LoRA files
+MAX_KEY_CHARS = 256  # of a tensor's name; the longest of a U-Net's layers has 130, with every prefix in use
+MAX_DIMENSIONS = 8  # of a tensor; a convolution has four
+MAX_ALPHA_PATTERNS = 1024  # of PEFT's settings; tools write one per layer, of which SD v1.5 has about 400
+MAX_PATTERN_CHARS = 256  # of one of them; none is longer than the name of a layer
+
+# What people bring
+MAX_BROUGHT = 40  # files at once: a LoRA, its settings, and as many tokens as a concept may have
+MAX_PUBLIC_CONCEPTS = 12  # that a visitor of a public page may have brought: twice as many as a picture takes
+MAX_PUBLIC_FILE_BYTES = 512 * 1024**2  # of one there; every layer at rank 128 in halves takes 400 MB
+MAX_PUBLIC_BYTES = 1024**3  # of all that such a visitor has brought
+MAX_PUBLIC_BYTES_IN_ALL = 16 * 1024**3  # of all visitors; a free Space has 50 GB, for models, too

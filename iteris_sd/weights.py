@@ -17,18 +17,26 @@ _NETWORKS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }  # what each part's weights are called
-_CHECKER = {"safety_checker": "model"}
+_CHECKER = "safety_checker"
 _SETTINGS = ("scheduler", "tokenizer", "feature_extractor")
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # of a tokenizer, new and old
 HALF = "fp16"  # the variant that is fetched where there is one: half the bytes
+_FORMER = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("runwayml/stable-diffusion-v1-5",)
+}  # what repositories were called before they moved, and still are in older caches
 
 
 def located(base: Base) -> Path | None:
-    """The folder or single file with the whole weights, without any network; None when they are not here."""
+    """The folder or single file with the whole weights, without any network; None when they are not here.
+
+    A cached model is whole only with its safety checker, where that is wanted.
+    """
     place = Path(base.source)
     if place.exists():
         return place
-    cached = hub.cached(base.source, [INDEX])
-    return cached if cached is not None and variant(cached) is not None else None
+    names = (base.source, *_FORMER.get(base.source, ()))
+    cached = (snapshot for name in names for snapshot in hub.snapshots(name))
+    return next((one for one in cached if _is_whole(one) and (_is_checked(one) or not safety_wanted())), None)
 
 
 def variant(folder: Path) -> str | None:
@@ -39,14 +47,53 @@ def variant(folder: Path) -> str | None:
     return None
 
 
+def checker(folder: Path) -> str | None:
+    """Which files of a diffusers folder hold its safety checker, as `variant`; it may be another. None: it has none."""
+    if not (folder / _CHECKER / "config.json").is_file():
+        return None
+    first = variant(folder) or ""
+    for kind in (first, HALF if first == "" else ""):
+        if (folder / _weights(_CHECKER, "model", kind)).is_file():
+            return kind
+    return None
+
+
 def checked(folder: Path, kind: str) -> bool:
-    """Whether a diffusers folder has the weights of a safety checker, of the same variant."""
-    return all((folder / _weights(part, stem, kind)).is_file() for part, stem in _CHECKER.items())
+    """Whether a folder whose networks are of the variant `kind` has a safety checker to load with them.
+
+    diffusers takes plain files beside halves by itself, and refuses halves beside plain ones: better than none at all.
+    """
+    del kind
+    return checker(folder) is not None
 
 
 def safety_wanted() -> bool:
     """Whether pictures go through a model's safety checker: as ITERIS_SD_SAFETY says, else where strangers draw."""
     return os.environ.get("ITERIS_SD_SAFETY", "on" if serving.public() else "off") != "off"
+
+
+def safety(base: Base) -> str:
+    """Whether a model's pictures go through its safety checker, in words; of one yet to be fetched, whether they will.
+
+    Wanting it is not enough: a model at a path may have none.
+    """
+    if not safety_wanted():
+        return "off"
+    place = located(base)
+    return "on" if place is None or _is_checked(place) else "off, this model has none"
+
+
+def check_safe(base: Base) -> None:
+    """Raise UserError when a safety checker is wanted of a model that is here and has none.
+
+    The built-in model, which draws a world of its own, needs none.
+    """
+    place = located(base)
+    if base.family != "storybook" and safety_wanted() and place is not None and not _is_checked(place):
+        raise UserError(
+            f"{base.title} has no safety checker, which a public page needs; choose another base model, or set "
+            "ITERIS_SD_SAFETY=off if you do without."
+        )
 
 
 def usual(library: Library) -> str:
@@ -68,19 +115,42 @@ def fetch(base: Base) -> Generator[tuple[int, int], None, Path]:
 
 
 def needed(files: Mapping[str, int]) -> list[str]:
-    """Of a repository's files, those that a pipeline is made of. Raises UserError when it has no safetensors."""
-    stems = {**_NETWORKS, **_CHECKER}
+    """Of a repository's files, those that a pipeline is made of, its safety checker in whichever variant it has.
+
+    Raises UserError when it has no safetensors, or no safety checker where that is wanted.
+    """
     for kind in (HALF, ""):
-        wanted = {part: _weights(part, stem, kind) for part, stem in stems.items()}
-        if all(wanted[part] in files for part in _NETWORKS):
+        networks = [_weights(part, stem, kind) for part, stem in _NETWORKS.items()]
+        if all(name in files for name in networks):
             break
     else:
         raise UserError(
             "This repository has no weights as safetensors in diffusers' layout; choose another base model."
         )
+    checkers = [_weights(_CHECKER, "model", one) for one in (kind, "" if kind else HALF)]
+    checker = [name for name in checkers if name in files][:1]
+    if safety_wanted() and not checker:
+        raise UserError(
+            "This repository has no safety checker as safetensors, and one is wanted here; choose another base model, "
+            "or set ITERIS_SD_SAFETY=off."
+        )
     settings = [name for name in files if _is_setting(name)]
-    configs = [f"{part}/config.json" for part in stems if f"{part}/config.json" in files]
-    return [INDEX, *settings, *configs, *(name for name in wanted.values() if name in files)]
+    configs = [f"{part}/config.json" for part in (*_NETWORKS, _CHECKER) if f"{part}/config.json" in files]
+    return [INDEX, *settings, *configs, *networks, *checker]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached snapshot has all that a pipeline is loaded from, its safety checker apart."""
+    settings = [INDEX, "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in _NETWORKS)]
+    return (
+        variant(folder) is not None
+        and all((folder / name).is_file() for name in settings)
+        and any(all((folder / "tokenizer" / name).is_file() for name in names) for names in _VOCABULARIES)
+    )
+
+
+def _is_checked(place: Path) -> bool:
+    return place.is_dir() and checker(place) is not None
 
 
 def _weights(part: str, stem: str, kind: str) -> str:

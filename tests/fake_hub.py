@@ -1,7 +1,7 @@
 """A Hub on this machine: serves repositories as the Hugging Face Hub does, and its faults to order.
 
 Large files (.safetensors, .bin) lie on another host, as the Hub's do: asked for at the Hub, they are redirected
-there.
+there. Where `xet` is set they lie in Xet storage instead, a folder that hf_xet reads and writes by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -40,6 +41,7 @@ class FakeHub:
     pause: float = 0.0  # seconds after each piece
     ranges: bool = True  # whether a part of a file can be asked for
     nonsense: bool = False  # whether a login page answers instead
+    xet: Path | None = None  # the folder of large files in Xet storage
     asked: list[Asked] = field(default_factory=list)
     port: int = 0
 
@@ -57,6 +59,19 @@ class FakeHub:
         """The hash of its only commit."""
         content = "".join(f"{name}{etag(name, data)}" for name, data in self.repos[repo].items())
         return hashlib.sha1(content.encode()).hexdigest()
+
+    @property
+    def xet_endpoint(self) -> str:
+        """The address of Xet storage, as hf_xet has it for a folder."""
+        return f"local://{self.xet}"
+
+    def stored_by_xet(self, data: bytes) -> str:
+        """Put a file's content into Xet storage; the hash it is asked for by there."""
+        from hf_xet import XetSession
+
+        with XetSession().new_upload_commit(endpoint=self.xet_endpoint) as commit:
+            upload = commit.start_upload_bytes(data)
+        return str(upload.result().xet_info.hash)
 
     def served(self, path: str = "/store/") -> list[str]:
         """The ranges that were asked for, of what lies under `path`."""
@@ -120,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self.fake.down)
         elif path.startswith("/store/"):
             self._stored(path.rpartition("/")[2])
+        elif path == "/xet-token":
+            headers = {"X-Xet-Cas-Url": self.fake.xet_endpoint, "X-Xet-Access-Token": "xet_secret"}
+            self._send(200, headers=headers | {"X-Xet-Token-Expiration": str(int(time.time()) + 3600)})
         elif path.startswith("/api/models/"):
             repo, _, revision = path.removeprefix("/api/models/").partition("/revision/")
             self._info(repo, revision or "main")
@@ -158,6 +176,11 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": self.fake.commit(repo), "ETag": f'"{tag}"'}
         if is_large(name):
             headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{tag}"'}
+            if self.fake.xet is not None:
+                headers |= {
+                    "X-Xet-Hash": self.fake.stored_by_xet(data),
+                    "X-Xet-Refresh-Route": f"{self.fake.endpoint}/xet-token",
+                }
             self._send(302, headers=headers | {"Location": f"{self.fake.store}/{tag}"})
         else:
             self._send_part(data, headers)

@@ -73,6 +73,21 @@ def test_the_family_is_told_by_shapes(toy: Path, tmp_path: Path) -> None:
         adding.opened(file_for(768, 99, tmp_path / "wide.safetensors"))
 
 
+def test_what_fits_nothing_is_compared_with_stable_diffusion(toy: Path) -> None:
+    adapter = LowRank(torch.ones(1, 320), torch.ones(999, 1))
+    with pytest.raises(UserError, match=r"it is 999 × 320 and the layer 320 × 320"):
+        adding.family(LoRA({TO_K.replace("attn2.to_k", "attn1.to_k"): adapter}), "The LoRA x")
+
+
+def test_a_folder_of_diffusers_output_is_kept_as_its_file(toy: Path, kept: Kept, tmp_path: Path) -> None:
+    folder = file_for(768, 320, tmp_path / "my_dog" / "pytorch_lora_weights.safetensors").parent
+    (folder / "checkpoint-500").mkdir()
+    assert adding.opened(folder).name == "my_dog"
+    concept = adding.keep(kept, folder)
+    assert (concept.name, concept.lora.name) == ("my_dog", "lora.safetensors")
+    assert set(concept.load().lora) == {TO_K}
+
+
 def test_paths_and_names_are_opened(toy: Path, tmp_path: Path) -> None:
     path = file_for(768, 320, tmp_path / "tent" / "lora.safetensors")
     library = finish(adding.opening(Library.shipped(), ["dog", str(path)]))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from iteris_sd import bases, composer, export, formats
+from iteris_sd import bases, composer, export, formats, ui
 from iteris_sd.cli import app
+from iteris_sd.kept import Kept
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS
 
+LORA = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 QUICK = ("--steps", "3", "--samples", "6")
 PROMPT = ("--prompt", "a {0} next to a {1}")
 
@@ -129,11 +132,71 @@ def test_concepts_may_be_folders_and_files(toy: Path, place: Path) -> None:
     assert [(s["name"], s["trigger"]) for s in sources] == [("dog", "<rex> dog"), ("hut", "hut")]
 
 
+def test_tokens_are_kept_with_a_concept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITERIS_SD_DATA", str(place / "data"))
+    formats.write(place / "fox.safetensors", LoRA({LORA: LowRank(torch.ones(2, 768), torch.ones(320, 2))}))
+    for name in ("red", "fur", "tail"):
+        formats.write_embedding(place / f"{name}.safetensors", f"<{name}>", torch.ones(1, 768))
+    done("concepts", "add", "fox.safetensors", "--token", "red.safetensors", "--token", "fur.safetensors")
+    assert Kept.usual().library().find("fox").load().tokens.keys() == {"<red>", "<fur>"}
+    done("concepts", "edit", "fox", "--token", "tail.safetensors", "--title", "Fox")
+    fox = Kept.usual().library().find("fox")
+    assert fox.title == "Fox" and fox.load().tokens.keys() == {"<red>", "<fur>", "<tail>"}
+    with zipfile.ZipFile(place / "plain.zip", "w") as archive:
+        for name in ("fox", "red"):
+            archive.write(place / f"{name}.safetensors", f"{name}.safetensors")
+    assert done("concepts", "add", "plain.zip", "--trigger", "sks") == (
+        "Kept fox-2: trigger 'sks', class noun 'fox', for Stable Diffusion v1.5.\n"
+    )
+    refused = run("concepts", "add", "tail.safetensors")
+    assert refused.exit_code == 2 and "tail.safetensors holds learned tokens and no LoRA" in refused.stderr
+
+
+@pytest.mark.parametrize("named", ["mine", "storybook"])
+def test_the_page_begins_with_a_base_model_at_a_path(
+    toy: Path, place: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """It is offered by its file's name, which takes no other model's place and does not say where it lies."""
+    shutil.copytree(toy / "storybook", place / named)
+    config = place / named / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "cross_attention_dim": 128}))
+    monkeypatch.setattr(bases, "BASES", dict(bases.BASES))
+    launched: list[str] = []
+    monkeypatch.setattr(ui, "launch", lambda **told: launched.append(told["base"]))
+    done("app", "--base", f"./{named}")
+    expected = "mine" if named == "mine" else "storybook (another)"
+    assert launched == [expected] and bases.everyone()[len(bases.BASES) - 1].name == expected
+    assert bases.find(expected).source == str(place / named)
+    assert not any(str(place) in name for name in bases.BASES)
+    assert bases.find("storybook").source == str(toy / "storybook")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("sd15", "sd15"), ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd15"), (None, None)],
+)
+def test_the_page_begins_with_a_known_base_model(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, told: str | None
+) -> None:
+    launched: list[str | None] = []
+    monkeypatch.setattr(ui, "launch", lambda **given: launched.append(given["base"]))
+    done("app", *([] if text is None else ["--base", text]))
+    assert launched == [told]
+
+
+def test_a_base_model_that_is_none_opens_no_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ui, "launch", lambda **_: pytest.fail("the page was opened"))
+    (place / "empty").mkdir()
+    for text, told in (
+        ("empty", "no base model in diffusers' layout"),
+        ("sdxl", "There is no base model 'sdxl'"),
+    ):
+        refused = run("app", "--base", text)
+        assert refused.exit_code == 2 and told in refused.stderr
+
+
 def asked(*words: str) -> tuple[str, ...]:
     return ("compose", *words, "--output", "out")
-
-
-LORA = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +257,7 @@ LORA = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
         (asked("dog", "text.safetensors", *PROMPT), "text.safetensors cannot be used: "),
         (
             asked("dog", "pickle.safetensors", *PROMPT),
-            "pickle.safetensors cannot be used: it is a zip archive",
+            "pickle.safetensors cannot be used: it is ",
         ),
         (asked("dog", "none.safetensors", *PROMPT), "no concept and no file 'none.safetensors'"),
         (

@@ -45,6 +45,52 @@ SPELLINGS = {
         f"unet.{BLOCK}.attn1.to_q.lora_B.default.weight",
         Q,
     ),
+    "PEFT, adapter of a name": (
+        f"unet.{BLOCK}.attn1.to_q.lora_A.my_dog.weight",
+        f"unet.{BLOCK}.attn1.to_q.lora_B.my_dog.weight",
+        Q,
+    ),
+    "PEFT, bare": (f"{BLOCK}.attn1.to_q.lora_A.weight", f"{BLOCK}.attn1.to_q.lora_B.weight", Q),
+    "PEFT, bare text": (
+        "text_model.encoder.layers.1.self_attn.q_proj.lora_A.weight",
+        "text_model.encoder.layers.1.self_attn.q_proj.lora_B.weight",
+        TEXT_Q,
+    ),
+    "PEFT, its model inside": (
+        f"unet.base_model.model.{BLOCK}.attn1.to_q.lora_A.weight",
+        f"unet.base_model.model.{BLOCK}.attn1.to_q.lora_B.weight",
+        Q,
+    ),
+    "PEFT, original names": (
+        "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight",
+        "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_B.weight",
+        Q,
+    ),
+    "ComfyUI": (
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight",
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_up.weight",
+        Q,
+    ),
+    "ComfyUI, ours": (
+        f"diffusion_model.{BLOCK}.attn1.to_q.lora_A.weight",
+        f"diffusion_model.{BLOCK}.attn1.to_q.lora_B.weight",
+        Q,
+    ),
+    "ComfyUI text": (
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj.lora_down.weight",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj.lora_up.weight",
+        TEXT_Q,
+    ),
+    "OMI": (
+        "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.lora_down.weight",
+        "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.lora_up.weight",
+        OUT,
+    ),
+    "OMI text": (
+        "clip_l.text_model.encoder.layers.1.self_attn.q_proj.lora_down.weight",
+        "clip_l.text_model.encoder.layers.1.self_attn.q_proj.lora_up.weight",
+        TEXT_Q,
+    ),
     "older": (f"unet.{BLOCK}.attn1.to_q.lora.down.weight", f"unet.{BLOCK}.attn1.to_q.lora.up.weight", Q),
     "older, bare": (
         f"{BLOCK}.attn1.to_out.0.lora.down.weight",
@@ -91,6 +137,26 @@ SPELLINGS = {
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_B.weight",
         Q,
     ),
+    "LyCORIS": (
+        "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+        Q,
+    ),
+    "LyCORIS text": (
+        "lycoris_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight",
+        "lycoris_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight",
+        TEXT_Q,
+    ),
+    "LyCORIS, component told": (
+        "lycoris_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lycoris_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+        Q,
+    ),
+    "kohya, PEFT's model": (
+        "lora_unet_base_model_model_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lora_unet_base_model_model_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+        Q,
+    ),
     "kohya text": (
         "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight",
         "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight",
@@ -113,7 +179,7 @@ def test_every_spelling_of_a_layer_is_understood(tmp_path: Path, spelling: str) 
     found = formats.read(tmp_path / "some.safetensors")
     assert list(found.lora) == [name]
     assert torch.equal(found.lora[name].delta(), adapter().delta())
-    assert found.dialect.split(",")[0] in (*[d.NAME for d in formats.reader.DIALECTS],)
+    assert found.dialect in (*(d.NAME for d in formats.reader.DIALECTS), "pivotal tuning")
 
 
 def test_a_file_may_mix_layouts(tmp_path: Path) -> None:
@@ -220,9 +286,57 @@ def test_tokens_inside_a_file_come_with_it(tmp_path: Path) -> None:
     assert torch.equal(formats.read(tmp_path / "pivotal.safetensors").tokens["<s1>"], vectors[:1])
 
 
+@pytest.mark.parametrize("key", ["string_to_param.*", "clip_l"])
+def test_bundled_tokens_are_read_alone_too(tmp_path: Path, key: str) -> None:
+    vectors = torch.randn(2, 4)
+    save_file({f"bundle_emb.my dog.{key}": vectors}, tmp_path / "token.safetensors")
+    assert torch.equal(formats.read_embeddings(tmp_path / "token.safetensors")["my dog"], vectors)
+    tensors = {"unet:0:down": adapter().down, "unet:0:up": adapter().up, f"bundle_emb.<rex>.{key}": vectors}
+    save_file(tensors, tmp_path / "bundle.safetensors")
+    assert torch.equal(formats.read(tmp_path / "bundle.safetensors").tokens["<rex>"], vectors)
+
+
+def pivotal_order(extended: bool, later: bool) -> list[str]:
+    """The layers that the first modules of Stable Diffusion v1.5's U-Net have, as diffusers lists them now or then."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**sd15.UNET)
+    classes = ("Attention", "GEGLU", "ResnetBlock2D") if extended else ("Attention", "GEGLU")
+    layers = [
+        f"unet.{place}.{name}"
+        for place, found in unet.named_modules()
+        if type(found).__name__ in classes
+        for name, module in found.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d) if extended else nn.Linear)
+    ]
+    for k in [k for k, name in enumerate(layers) if name.endswith("attn2.to_q") and not later]:
+        layers.insert(k, layers.pop(k + 4))  # ff stood before attn2
+    return layers
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["then", "later diffusers"])
+@pytest.mark.parametrize("extended", [False, True], ids=["plain", "extended"])
+def test_the_numbers_of_pivotal_tuning_are_those_of_its_modules(
+    tmp_path: Path, later: bool, extended: bool
+) -> None:
+    layers, modules = pivotal_order(extended, later), sd15_layers()
+    assert len(layers) == (224 if extended else 144)
+    tensors = {"krk": torch.ones(4)}
+    for number, name in enumerate(layers):
+        out, *rest = modules[name].get_parameter("weight").shape
+        tensors[f"unet:{number}:down"] = torch.full((1, *rest), float(number))
+        tensors[f"unet:{number}:up"] = torch.ones(out, 1, *(1 for _ in rest[1:]))
+    told = {"unet": json.dumps(["ResnetBlock2D"] if extended else ["Attention"]), "krk": "<embed>"}
+    save_file(tensors, tmp_path / "some.safetensors", told)
+    found = formats.read(tmp_path / "some.safetensors")
+    assert {name: int(one.down[0, 0]) for name, one in found.lora.items()} == {
+        name: number for number, name in enumerate(layers)
+    }
+    assert set(found.tokens) == {"krk"}
+
+
 def test_embeddings_of_other_tools_are_read(tmp_path: Path) -> None:
     vectors = torch.randn(2, 4)
-    for key in ("emb_params", "clip_l"):
+    for key in ("emb_params", "emp_params", "string_to_param.*", "clip_l"):
         save_file({key: vectors}, tmp_path / "biscuit.safetensors")
         assert torch.equal(formats.read_embeddings(tmp_path / "biscuit.safetensors")["biscuit"], vectors)
     save_file({"<s0>": vectors[0].clone(), "<s1>": vectors[1].clone()}, tmp_path / "two.safetensors")
@@ -344,7 +458,13 @@ def test_peft_makes_the_same_of_our_folders(tiny_sd, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"alpha_pattern": {"attn1.to_q": 2}}, {"rank_pattern": {"attn1.to_q": 3}}],
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"attn1.to_q": 2}},
+        {"alpha_pattern": {".*attn1.*": 3, r"up_blocks\.\d+\..*attn[12]\.to_(q|v)": 2}},
+        {"rank_pattern": {"attn1.to_q": 3}},
+    ],
 )
 def test_what_peft_saves_is_read(tiny_sd, tmp_path: Path, options) -> None:
     from peft import LoraConfig, get_peft_model
@@ -382,24 +502,76 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
         "made for Stable Diffusion XL",
     ),
     "SDXL by shape": (
-        {f"unet.{BLOCK}.attn2.to_k.lora_A.weight": torch.ones(2, 2048)},
+        {
+            f"unet.{BLOCK}.attn2.to_k.lora_A.weight": torch.ones(2, 2048),
+            f"unet.{BLOCK}.attn2.to_k.lora_B.weight": torch.ones(640, 2),
+        },
         "made for Stable Diffusion XL, whose text states are 2048 wide",
     ),
     "SD 2": (
-        {KOHYA.replace("attn1_to_q", "attn2_to_k") + ".lora_down.weight": torch.ones(2, 1024)},
+        {
+            KOHYA.replace("attn1_to_q", "attn2_to_k") + ".lora_down.weight": torch.ones(2, 1024),
+            KOHYA.replace("attn1_to_q", "attn2_to_k") + ".lora_up.weight": torch.ones(320, 2),
+        },
         "made for Stable Diffusion 2",
     ),
-    "Flux": (
-        {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 4)},
-        "made for Flux",
+    "SD 2, text": (
+        {
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(2, 1024),
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": torch.ones(1024, 2),
+        },
+        "made for Stable Diffusion 2",
     ),
-    "Flux, kohya": (
-        {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(2, 4)},
-        "made for Flux",
+    "whole numbers": ({f"{KOHYA}.hada_w1_a": torch.ones(4, 2), f"{KOHYA}.alpha": torch.tensor(4)}, "a LoHa"),
+    "sparse biases": ({f"{KOHYA}.bias_indices": torch.zeros(2, 5, dtype=torch.int64)}, "a LoRA with biases"),
+    "ComfyUI with biases": (
+        {"diffusion_model.input_blocks.1.1.proj_in.diff_b": torch.ones(4)},
+        "save it again with bias_diff off",
     ),
+    "VeRA": ({f"base_model.model.{BLOCK}.attn1.to_q.vera_lambda_b": torch.ones(4)}, "a VeRA"),
+    "Custom Diffusion": (
+        {f"{BLOCK}.attn2.processor.to_k_custom_diffusion.weight": torch.ones(4, 4)},
+        "of Custom Diffusion",
+    ),
+    "AnimateDiff": (
+        {
+            "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(
+                2, 4
+            )
+        },
+        "made for AnimateDiff",
+    ),
+    "output embedding": ({"bundle_emb.<rex>.clip_l_out": torch.ones(1, 4)}, "an output embedding"),
+    "SDXL embedding": ({"bundle_emb.<rex>.clip_g": torch.ones(1, 4)}, "a token for Stable Diffusion XL"),
+    "ControlNet": (
+        {
+            "controlnet_down_blocks.0.weight": torch.ones(4, 4, 1, 1),
+            "down_blocks.0.resnets.0.conv1.weight": torch.ones(4, 4, 3, 3),
+        },
+        "a ControlNet, not a LoRA",
+    ),
+    "IP-Adapter": ({"image_proj.proj.weight": torch.ones(4, 4)}, "an IP-Adapter, not a LoRA"),
+    "T2I-Adapter": ({"adapter.body.0.in_conv.weight": torch.ones(4, 4, 1, 1)}, "a T2I-Adapter, not a LoRA"),
+    "ESRGAN": ({"model.1.sub.0.RDB1.conv1.0.weight": torch.ones(4, 4, 3, 3)}, "an upscaler"),
+    "Real-ESRGAN": ({"body.0.rdb1.conv1.weight": torch.ones(4, 4, 3, 3)}, "an upscaler"),
+    "hypernetwork": ({"768.0.linear.0.weight": torch.ones(4, 4)}, "a hypernetwork"),
+    "language model": (
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)},
+        "made for a language model",
+    ),
+    "SDXL checkpoint": (
+        {"conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]},
+        "a whole checkpoint of Stable Diffusion XL",
+    ),
+    "text encoder": (
+        {"text_model.embeddings.position_ids": torch.arange(77)[None]},
+        "a part of a whole model",
+    ),
+    "U-Net": ({"diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4, 3, 3)}, "a part of a whole model"),
     "checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, "a whole checkpoint"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": torch.ones(2, 2, 3, 3)}, "a part of a whole model"),
     "token": ({"emb_params": torch.ones(1, 4)}, "a learned token"),
+    "token of OneTrainer": ({"emp_params": torch.ones(1, 4)}, "a learned token"),
     "only tokens": ({"<s1>": torch.ones(1, 4)}, "learned tokens and no LoRA"),
     "unknown layer": (
         {"lora_unet_down_blocks_0_new_thing.lora_down.weight": torch.ones(2, 4)},
@@ -427,6 +599,92 @@ def test_what_cannot_be_merged_is_refused_with_its_reason(tmp_path: Path, case: 
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",  # Flux, HunyuanVideo
+        "transformer.double_blocks.0.img_attn_qkv.lora_A.weight",  # HunyuanVideo
+        "transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight",  # Flux, Stable Diffusion 3
+        "transformer_blocks.0.attn.add_k_proj.lora_A.weight",  # Qwen-Image
+        "transformer.joint_transformer_blocks.0.attn.to_q.lora_A.weight",  # AuraFlow
+        "transformer.transformer_blocks.0.attn2.to_k.lora_A.weight",  # LTX-Video, PixArt
+        "base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight",  # PixArt
+        "diffusion_model.blocks.0.cross_attn.k.lora_A.weight",  # Wan
+        "diffusion_model.layers.0.attention.to_q.lora_A.weight",  # Z-Image
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",  # Flux
+        "lora_unet_transformer_blocks_0_attn_add_k_proj.lora_down.weight",  # Qwen-Image
+        "lora_unet_blocks_0_cross_attn_k.lora_down.weight",  # Wan
+        "lora_transformer_single_transformer_blocks_0_attn_to_q.lora_down.weight",  # Flux
+    ],
+)
+def test_loras_of_transformer_models_are_told_as_such(tmp_path: Path, key: str) -> None:
+    save_file({key: torch.ones(2, 2048)}, tmp_path / "some.safetensors")
+    with pytest.raises(UserError, match="made for a transformer model .Flux, Stable Diffusion 3, Qwen-Image"):
+        formats.read(tmp_path / "some.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "Stable Diffusion XL"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "Stable Diffusion 2"),
+        ({"ss_base_model_version": "sd_v2_v", "modelspec.architecture": "nonsense"}, "Stable Diffusion 2"),
+        ({"modelspec.architecture": "Flux.1-dev/lora"}, "Flux"),
+        ({"ss_base_model_version": "sdxl", "modelspec.architecture": "stable-diffusion-v1/lora"}, ""),
+        ({"ss_base_model_version": "sd_v1"}, ""),
+        ({"ss_base_model_version": "my own"}, ""),
+    ],
+)
+def test_metadata_tell_the_family_where_shapes_do_not(
+    tmp_path: Path, metadata: dict[str, str], told: str
+) -> None:
+    path = tmp_path / "some.safetensors"
+    formats.write(path, LoRA({Q: adapter()}), metadata)
+    if told:
+        with pytest.raises(UserError, match=f"made for {told}, as its metadata say"):
+            formats.read(path)
+    else:
+        assert list(formats.read(path).lora) == [Q]
+    reads_text = Q.replace("attn1.to_q", "attn2.to_k")
+    formats.write(path, LoRA({Q: adapter(), reads_text: adapter(320, 768)}), metadata)
+    assert reads_text in formats.read(path).lora  # shapes are believed before metadata
+
+
+@pytest.mark.parametrize("prefix", ["", "unet."])
+def test_the_scale_of_a_model_saved_alone_is_told_without_prefix(tmp_path: Path, prefix: str) -> None:
+    stem = f"{prefix}{BLOCK}.attn1.to_q"
+    told = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_k": 1}, "rank_pattern": {"attn1.to_q": 2}}
+    save_file(
+        {f"{stem}.lora_A.weight": adapter().down, f"{stem}.lora_B.weight": adapter().up},
+        tmp_path / "some.safetensors",
+        {"lora_adapter_metadata": json.dumps(told)},
+    )
+    found = formats.read(tmp_path / "some.safetensors").lora[Q]
+    torch.testing.assert_close(found.delta(), 4.0 * adapter().delta())  # 8 / 2, the rank that it has
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "my_dog.safetensors"])
+def test_a_folder_with_one_file_is_that_file(tmp_path: Path, name: str) -> None:
+    formats.write(tmp_path / name, LoRA({Q: adapter()}))
+    assert formats.located(tmp_path) == tmp_path / name
+    assert formats.read(tmp_path).sha256 == formats.read(tmp_path / name).sha256
+    formats.write(tmp_path / "other.safetensors", LoRA({OUT: adapter()}))
+    if name.startswith("pytorch"):
+        assert list(formats.read(tmp_path).lora) == [Q]
+        return
+    with pytest.raises(UserError, match="several .safetensors files .my_dog.safetensors, other.safetensors."):
+        formats.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_lora_weights.bin"])
+def test_a_folder_of_pickles_is_told_as_such(tmp_path: Path, name: str) -> None:
+    torch.save({"x": torch.ones(1)}, tmp_path / name)
+    if name.startswith("adapter"):
+        (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{name}, a PyTorch pickle.*safetensors.torch.save_file"):
+        formats.read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ("{", "cannot be read"),
@@ -445,6 +703,9 @@ def test_bad_settings_of_a_folder_are_told(tmp_path: Path, config: str, message:
 
 def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no adapter_config.json in it"):
+        formats.read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapter_config.json and no adapter_model.safetensors beside it"):
         formats.read(tmp_path)
 
 

@@ -14,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from iteris_sd import __version__, bases, calibration, cli, columns, composer, export, formats, scoring
+from iteris_sd import (
+    __version__,
+    bases,
+    calibration,
+    cli,
+    columns,
+    composer,
+    export,
+    formats,
+    restoring,
+    scoring,
+)
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.events import Composition, Picture
@@ -176,6 +187,28 @@ def test_a_picture_tells_how_it_was_made(composition: Composition) -> None:
     assert Recipe.of(told["recipe"]) == composition.recipe
     assert (told["method"], told["seed"]) == ("iteris", 7)
     assert told["scores"]["images"].keys() == {"dog", "barn"}
+
+
+def test_where_a_base_model_lies_is_nobody_else_s_matter(
+    composition: Composition, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is handed on says its file's name alone; the recipe in one's own folder can be repeated."""
+    place = tmp_path / "home" / "secret" / "mine"
+    monkeypatch.setitem(bases.BASES, str(place), replace(bases.find("storybook"), name=str(place)))
+    asked = Recipe.of({**composition.recipe.model_dump(), "base": str(place)})
+    made = replace(composition, recipe=asked)
+    png = export.picture_png(made.pictures[0], asked)
+    entries = Image.open(io.BytesIO(png)).info
+    metadata = export.lora_metadata(asked, made.concepts, made.merged["linear"])
+    told = json.dumps([entries, metadata, export.scores(made)])
+    assert "secret" not in told and "Model: mine" in entries["parameters"] and metadata["base"] == "mine"
+    export.write(made, tmp_path / "out")
+    assert Recipe.read(tmp_path / "out" / "recipe.json").base == str(place)
+    (tmp_path / "drawn.png").write_bytes(png)
+    with pytest.raises(UserError, match="There is no base model 'mine'; choose one of storybook"):
+        restoring.from_picture(tmp_path / "drawn.png")
+    monkeypatch.setitem(bases.BASES, "mine", replace(bases.find("storybook"), name="mine"))
+    assert restoring.from_picture(tmp_path / "drawn.png").base == "mine"  # a page that offers it has it so
 
 
 def test_scores(composition: Composition) -> None:

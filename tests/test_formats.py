@@ -1,5 +1,6 @@
 """LoRA and embedding files: round trips, diffusers' loaders, and one clear sentence per bad file."""
 
+import gzip
 import json
 import struct
 from collections.abc import Callable
@@ -87,6 +88,12 @@ def test_a_rank_stabilised_alpha_tensor_is_applied(tmp_path: Path) -> None:
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 1}}, 0.5),
         ({"unet.lora_alpha": 2, "unet.alpha_pattern": {"attn2.to_q": 1, "n1.to_q": 5}}, 1.0),
         ({"text_encoder.lora_alpha": 8}, 1.0),
+        ({"unet.lora_alpha": 2, "unet.alpha_pattern": {".*attn1.*": 6, "to_q": 2}}, 3.0),
+        (
+            {"unet.lora_alpha": 2, "unet.alpha_pattern": {r"up_blocks\.\d+\..*": 6, "attn[12].to_(q|v)": 4}},
+            2.0,
+        ),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_k": 1}}, 4.0),
     ],
 )
 def test_the_scale_in_peft_metadata_is_applied(tmp_path: Path, config: dict[str, Any], scale: float) -> None:
@@ -94,8 +101,12 @@ def test_the_scale_in_peft_metadata_is_applied(tmp_path: Path, config: dict[str,
     torch.testing.assert_close(formats.read(path).lora[Q].delta(), scale * adapter().delta())
 
 
-def test_an_alpha_tensor_is_applied(tmp_path: Path) -> None:
-    path = peft(tmp_path / "alpha.safetensors", alpha=torch.tensor(1.0))
+@pytest.mark.parametrize(
+    "alpha",
+    [torch.tensor(1.0), torch.tensor(1), torch.tensor([1], dtype=torch.int32), torch.tensor(1.0).half()],
+)
+def test_an_alpha_tensor_is_applied(tmp_path: Path, alpha: Tensor) -> None:
+    path = peft(tmp_path / "alpha.safetensors", alpha=alpha)
     torch.testing.assert_close(formats.read(path).lora[Q].delta(), adapter().delta() / 2)
 
 
@@ -151,18 +162,37 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda p: None, "cannot be read .No such file"),
     "folder": (lambda p: p.mkdir(), "there is no adapter_config.json in it"),
     "empty": (lambda p: raw(p, b""), "empty or cut off"),
-    "text": (lambda p: raw(p, b"just some words, no tensors at all"), "header length makes no sense"),
+    "text": (lambda p: raw(p, b"just some words, no tensors at all"), "a text, .* says 'just some words"),
     "lfs pointer": (
         lambda p: raw(p, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
         "Git LFS pointer",
     ),
     "web page": (lambda p: raw(p, b"\n<!DOCTYPE html><html><body>404</body></html>"), "a web page"),
-    "zip": (lambda p: torch.save({"x": torch.ones(1)}, p), "zip archive or a PyTorch pickle"),
+    "page with a mark": (lambda p: raw(p, b"\xef\xbb\xbf<!DOCTYPE html><html>"), "a web page"),
+    "page with a comment": (lambda p: raw(p, b"<!-- x --><html><body>login</body></html>"), "a web page"),
+    "XML": (
+        lambda p: raw(p, b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
+        "answer in XML",
+    ),
+    "JSON": (lambda p: raw(p, b'{"error":"Unauthorized","message":"log in"}'), "a text, .*Unauthorized"),
+    "no entry": (lambda p: raw(p, b"Entry not found"), "a text, .* says 'Entry not found'"),
+    "zip": (lambda p: raw(p, b"PK\x03\x04" + bytes(60)), "a zip archive, .* unpack it"),
+    "gzip": (lambda p: raw(p, gzip.compress(b"x" * 99)), "an archive; unpack it"),
+    "7z": (lambda p: raw(p, b"7z\xbc\xaf\x27\x1c" + bytes(60)), "an archive; unpack it"),
+    "tar": (lambda p: raw(p, b"lora.safetensors".ljust(257, b"\0") + b"ustar" + bytes(99)), "an archive"),
+    "GGUF": (lambda p: raw(p, b"GGUF\x03\0\0\0" + bytes(60)), "a GGUF file"),
+    "picture": (lambda p: raw(p, b"\x89PNG\r\n\x1a\n" + bytes(60)), "a picture, not the model"),
+    "zeros": (lambda p: raw(p, bytes(9000)), "nothing but zeros"),
+    "pickle": (lambda p: torch.save({"x": torch.ones(1)}, p), "a PyTorch pickle"),
+    "old pickle": (
+        lambda p: torch.save({"x": torch.ones(1)}, p, _use_new_zipfile_serialization=False),
+        "a PyTorch pickle",
+    ),
     "absurd length": (
         lambda p: raw(p, struct.pack("<Q", 2**63) + b"{}" * 50),
         "header length makes no sense",
     ),
-    "cut header": (lambda p: raw(p, peft(p).read_bytes()[:40]), "header length makes no sense"),
+    "cut header": (lambda p: raw(p, peft(p).read_bytes()[:40]), "cut off inside its header"),
     "truncated": (truncated, "cut off inside the tensor"),
     "no JSON": (lambda p: raw(p, struct.pack("<Q", 8) + b"{broken}" * 3), "header is not JSON"),
     "deep JSON": (lambda p: raw(p, struct.pack("<Q", 200_000) + b"[" * 200_000), "header is not JSON"),
@@ -179,7 +209,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: headed(p, entry(shape=[2**40], data_offsets=[0, 2**42]), bytes(8)),
         "cut off inside",
     ),
-    "integers": (lambda p: save_file({"x": torch.ones(2, dtype=torch.int32)}, p), "of type I32"),
+    "type": (lambda p: headed(p, entry(dtype=["F32"]), bytes(8)), "describes the tensor 'x' badly"),
+    "no type": (lambda p: headed(p, entry(dtype="F31"), bytes(8)), "of type 'F31', which safetensors"),
+    "dimensions": (
+        lambda p: headed(p, entry(shape=[2] + [1] * 8), bytes(8)),
+        "describes the tensor 'x' badly",
+    ),
+    "long name": (
+        lambda p: headed(p, {"x" * 60_000: entry()["x"]}, bytes(8)),
+        "whose name has 60,000 characters, 'x{40}…'; at most",
+    ),
+    "integers": (lambda p: peft(p, up=torch.ones(6, 2, dtype=torch.int32)), "of type I32; F64, F32"),
+    "flag": (lambda p: peft(p, alpha=torch.tensor(True)), "of type BOOL"),
     "no LoRA": (
         lambda p: save_file({"model.weight": torch.ones(2, 2)}, p),
         "no part of a plain LoRA in any known layout",
@@ -202,6 +243,25 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha": (lambda p: peft(p, alpha=torch.ones(2)), "should be one number"),
     "config": (lambda p: peft(p, {"lora_adapter_metadata": "{"}), "is not JSON"),
     "config list": (lambda p: peft(p, {"lora_adapter_metadata": "[]"}), "is not a table"),
+    "config huge alpha": (
+        lambda p: peft(p, {"lora_adapter_metadata": '{"unet.lora_alpha": 1e999}'}),
+        "which is no number",
+    ),
+    "config pattern": (
+        lambda p: peft(p, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(a+)+b": 1}}'}),
+        "the pattern .* of which not all is understood",
+    ),
+    "config patterns": (
+        lambda p: peft(
+            p,
+            {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {f"x{k}": 1 for k in range(9999)}})},
+        ),
+        "9,999 patterns of alpha",
+    ),
+    "config list of patterns": (
+        lambda p: peft(p, {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}),
+        "alpha_pattern that is not a table",
+    ),
     "config alpha": (
         lambda p: peft(p, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}),
         "which is no number",
@@ -224,6 +284,30 @@ def test_a_bad_file_gets_one_clear_sentence(tmp_path: Path, case: str) -> None:
     assert said.startswith("some.safetensors cannot be used: ")
     assert said.endswith(".")
     assert "\n" not in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("mark", [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b"])
+def test_a_header_as_long_as_others_begin_is_a_header(tmp_path: Path, mark: bytes) -> None:
+    content = peft(tmp_path / "some.safetensors").read_bytes()
+    length, wanted = struct.unpack("<Q", content[:8])[0], int.from_bytes(mark, "little")
+    padded = content[8 : 8 + length].ljust(wanted) + content[8 + length :]
+    raw(tmp_path / "some.safetensors", struct.pack("<Q", wanted) + padded)
+    assert (tmp_path / "some.safetensors").read_bytes().startswith(mark)
+    assert list(formats.read(tmp_path / "some.safetensors").lora) == [Q]
+
+
+def test_what_a_file_is_says_more_than_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 100)
+    ids = torch.arange(77)[None]  # whole numbers, as every checkpoint has
+    save_file(
+        {"cond_stage_model.transformer.text_model.embeddings.position_ids": ids}, tmp_path / "sd.safetensors"
+    )
+    with pytest.raises(UserError, match="a whole checkpoint, not a LoRA"):
+        formats.read(tmp_path / "sd.safetensors")
+    monkeypatch.setattr(limits, "MAX_EMBEDDING_BYTES", 100)
+    with pytest.raises(UserError, match="a LoRA, not a learned token"):
+        formats.read_embeddings(peft(tmp_path / "lora.safetensors"))
 
 
 def test_a_file_over_the_size_limit_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,11 +322,19 @@ def test_a_file_over_the_size_limit_is_not_opened(tmp_path: Path, monkeypatch: p
         ({f"<{k}>": torch.ones(4) for k in range(limits.MAX_TOKENS + 1)}, "tokens are read"),
         ({"clip_g": torch.ones(4), "clip_l": torch.ones(4)}, "Stable Diffusion XL"),
         ({"<a>": torch.ones(2, 2, 2)}, r"\(vectors, width\) is expected"),
-        ({"<a>": torch.ones(limits.MAX_TOKEN_VECTORS + 1, 2)}, r"\(vectors, width\) is expected"),
+        ({"emb_params": torch.ones(75, 2)}, "has 75 vectors; from 1 to 64 are read"),
+        ({"emb_params": torch.ones(2, 4, dtype=torch.int32)}, "of type I32"),
+        ({"emb_params": torch.ones(4), "clip_l": torch.ones(4)}, "the token 'token' twice"),
+        ({"emp_params": torch.ones(4), "emp_params_out": torch.ones(4)}, "an output embedding"),
+        ({"clip_l": torch.ones(4), "t5": torch.ones(4)}, "another text encoder"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 4)}, "a LoRA, not a learned token"),
+        ({"lora_te_x.lora_down.weight": torch.ones(2, 4)}, "a LoRA, not a learned token"),
+        ({"unet:0:up": torch.ones(2, 4)}, "a LoRA, not a learned token"),
+        ({"text_projection.weight": torch.ones(4, 4)}, "a part of a model, not a learned token"),
         ({"<a>": torch.full((4,), float("nan"))}, "NaN or infinity"),
         ({"a\nb": torch.ones(4)}, "cannot be used in a prompt"),
         ({" a": torch.ones(4)}, "cannot be used in a prompt"),
-        ({"a" * 1000: torch.ones(4)}, "cannot be used in a prompt"),
+        ({"a" * 200: torch.ones(4)}, "cannot be used in a prompt"),
     ],
 )
 def test_a_bad_embedding_gets_one_clear_sentence(

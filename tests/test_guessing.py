@@ -83,6 +83,12 @@ def test_learned_tokens(metadata: dict[str, str], tokens: tuple[str, ...], expec
         ({TAGS: tags(img={"grass": 3, "sky": 4}, more={"grass": 2})}, ("grass", "my file")),
         ({TAGS: tags(img={LONG: 9, "": 8, "sks dog": 5, "odd": "7", "half": 6.5})}, ("sks dog", "dog")),
         ({FOLDERS: tags(**{"10_sks dog": {"n_repeats": 10}})}, ("sks dog", "dog")),
+        ({TAGS: tags(**{"5_ohwx": {"1girl": 30, "smile": 9}})}, ("ohwx", "my file")),
+        (
+            {TAGS: tags(**{"5_ohwx": {"1girl": 30}}), FOLDERS: tags(**{"5_ohwx": {"n_repeats": 5}})},
+            ("ohwx", "my file"),
+        ),
+        ({TAGS: tags(**{"5_ohwx": {"1girl": 30}, "1_woman": {"woman": 20}})}, ("1girl", "my file")),
         ({TAGS: tags(**{f"10_sks {LONG}": {}})}, ("my file", "my file")),
         ({TAGS: tags(**{f"{'9' * 5000}_sks dog": {}})}, ("my file", "my file")),
     ],

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
@@ -13,10 +14,11 @@ from threading import Thread
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 from iteris_sd import hub, limits
 from iteris_sd.errors import UserError
-from iteris_sd.hub import LoraId
+from iteris_sd.hub import Listing, LoraId
 from tests.fake_hub import PIECE, FakeHub
 
 Usage = namedtuple("Usage", "total used free")
@@ -284,6 +286,112 @@ def test_of_several_whole_snapshots_main_comes_first(fake: FakeHub) -> None:
     (old.parents[1] / "refs").mkdir()
     (old.parents[1] / "refs" / "main").write_text(old.name)
     assert hub.cached("us/model", ["model_index.json"]) == old
+
+
+# Xet storage, where the Hub keeps large files: read by the Hub's own library, from a folder
+
+
+@dataclass
+class Report:
+    """What hf_xet says of a download now and then: bytes over the network, and bytes written."""
+
+    total_transfer_bytes_completed: int
+    total_bytes_completed: int
+    total_bytes: int = 1000
+    total_bytes_completion_rate: float = 1.0
+    total_transfer_bytes_completion_rate: float = 1.0
+
+
+def reported(download: hub._Download, reports: list[Report]) -> list[int]:
+    """What a download of one file after another of 500 bytes counts, told by the library's own reporter."""
+    found = []
+    bar = hub._counting(download, 500, 1000)
+    with XetDownloadProgressReporter(
+        reconstruction_desc="x", total=1000, log_level=30, tqdm_class=bar
+    ) as progress:
+        for report in reports:
+            progress.update_progress(report, {})
+            found.append(download.done)
+    return found
+
+
+def test_what_comes_over_xet_is_counted_once(fake: FakeHub) -> None:
+    download = hub._Download(Listing("us/model", "v1", {"a": 500, "x": 1000}), ["a", "x"], None)
+    # The network is ahead of what is written, and brings a little more than the file.
+    assert reported(download, [Report(250, 0), Report(500, 500), Report(1003, 600), Report(1003, 1000)]) == [
+        750,
+        1000,
+        1500,
+        1500,
+    ]
+
+
+def test_xet_s_own_thread_does_not_hear_of_a_stop(fake: FakeHub) -> None:
+    """It would print a traceback and go on; only the thread of the download itself is ended."""
+    download = hub._Download(Listing("us/model", "v1", {"x": 1000}), ["x"], None)
+    download.stopped = True
+    assert reported(download, [Report(250, 250)]) == [750]
+    download.start()
+    download.join(5)
+    assert not download.is_alive() and download.problem is None and not fake.asked
+
+
+def test_files_in_xet_storage_are_fetched(fake: FakeHub, tmp_path: Path) -> None:
+    fake.xet = tmp_path / "xet"
+    folder, steps = fetched()
+    assert {n: (folder / n).read_bytes() for n in MODEL} == MODEL
+    assert not fake.served()
+    total = sum(map(len, MODEL.values()))
+    assert steps[-1] == (total, total) and all(done <= total for done, _ in steps)
+
+
+def test_errors_of_xet_are_told_and_can_be_tried_again(fake: FakeHub, tmp_path: Path) -> None:
+    fake.xet = tmp_path / "xet"
+    fake.stored_by_xet(BIG)
+    shutil.move(tmp_path / "xet", tmp_path / "away")
+    fake.stored_by_xet = lambda data: "0" * 64  # type: ignore[method-assign]  # a file that is not there
+    with pytest.raises(
+        UserError, match=r"us/model cannot be downloaded \(.+\); .*try again.*HF_HUB_DISABLE_XET=1"
+    ):
+        fetched()
+    del fake.stored_by_xet
+    shutil.move(tmp_path / "away", tmp_path / "xet")
+    assert (fetched()[0] / "unet/model.safetensors").read_bytes() == BIG
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (
+            RuntimeError("Data processing error: CAS service error"),
+            "Data processing error: CAS service error",
+        ),
+        (PermissionError("no\n  more"), r"\(no more\)"),
+        (MemoryError(), r"\(MemoryError\)"),
+    ],
+)
+def test_whatever_befalls_a_download_is_told(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    with pytest.raises(UserError, match=f"us/model cannot be downloaded .*{told}.*try again"):
+        fetched()
+
+
+def test_a_file_that_has_not_come_is_told(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "")
+    with pytest.raises(UserError, match="us/model has not come whole: model_index.json is not in"):
+        fetched()
+
+
+def test_files_can_go_into_a_cache_of_ones_own(fake: FakeHub, tmp_path: Path) -> None:
+    revision = hub.listing("us/model").revision
+    folder, _ = drained(hub.fetch("us/model", ["model_index.json"], revision, tmp_path / "own"))
+    assert folder.is_relative_to(tmp_path / "own") and (folder / "model_index.json").read_bytes() == b"{}"
+    assert hub.snapshots("us/model") == [] and not (tmp_path / "cache" / "models--us--model").exists()
 
 
 # LoRAs by their ids

@@ -45,6 +45,24 @@ def test_the_family_is_told_by_the_text_states(width: int, family: str) -> None:
     assert inspecting.family(LoRA({K: adapter(8, width, 2, 0)})) == family
 
 
+@pytest.mark.parametrize(
+    ("metadata", "family"),
+    [
+        ({"ss_base_model_version": "sd_v1"}, "Stable Diffusion 1"),
+        ({"modelspec.architecture": "stable-diffusion-v1/lora"}, "Stable Diffusion 1"),
+        ({"ss_base_model_version": "storybook"}, "Storybook"),
+        ({"ss_base_model_version": "my own"}, "unknown"),
+    ],
+)
+def test_metadata_name_the_family_where_shapes_do_not(
+    lora: LoRA, tmp_path: Path, metadata: dict[str, str], family: str
+) -> None:
+    formats.write(tmp_path / "one.safetensors", LoRA({MID: lora[MID]}), metadata)
+    assert inspecting.describe(tmp_path / "one.safetensors").family == family
+    formats.write(tmp_path / "one.safetensors", lora, {"ss_base_model_version": "storybook"})
+    assert inspecting.describe(tmp_path / "one.safetensors").family == "Stable Diffusion 1"
+
+
 def test_overlap_runs_from_never_meeting_to_holding_one_another(lora: LoRA) -> None:
     same = inspecting.overlap(lora, lora)
     assert same is not None and same.layers == 3

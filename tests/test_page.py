@@ -10,11 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from iteris_sd import bases, limits, restoring
+from iteris_sd import bases, formats, limits, restoring
 from tests.browser import CHROMIUM, chromium, running
 
 WAIT = 120_000  # milliseconds: the first request loads the models, and a busy machine is slow
@@ -598,6 +599,50 @@ def test_a_concept_of_ones_own_is_guessed_kept_picked_changed_and_removed(page, 
     page.locator("#own-told").get_by_text("Removed: my-dog.").wait_for()
     tab(page, "Compose")
     assert page.locator(".picker .card").count() == 8
+
+
+@pytest.mark.browser
+def test_tokens_and_zips_are_brought_and_tokens_added_later(page, tmp_path):
+    for name in ("sks", "fur"):
+        formats.write_embedding(tmp_path / f"{name}.safetensors", f"<{name}>", torch.ones(1, 128))
+    formats.write(tmp_path / "peft", formats.read(DOG).lora, layout="peft")
+    shutil.make_archive(str(tmp_path / "wolf"), "zip", tmp_path / "peft")
+    lora = Path(shutil.copyfile(DOG, tmp_path / "hound.safetensors"))
+    tab(page, "Concepts")
+
+    def keep(title: str, *files: Path) -> None:
+        page.locator("#own input[type=file]").first.set_input_files(files)
+        page.locator("#own").get_by_text(files[-1].stem).first.wait_for()
+        page.get_by_role("button", name="Keep concept").click()
+        page.locator("#own-told").get_by_text(f"Kept: {title}").wait_for()
+
+    keep("hound", lora, tmp_path / "sks.safetensors")
+    page.get_by_label("Add or change").click()
+    page.get_by_role("option", name="hound", exact=True).click()
+    page.get_by_role("button", name="Remove").wait_for()
+    keep("hound", tmp_path / "fur.safetensors")
+    page.get_by_label("Concept", exact=True).click()
+    page.get_by_role("option", name="hound (Storybook)").click()
+    page.locator("#inside").get_by_text("fur, sks").wait_for()
+    keep("wolf", tmp_path / "wolf.zip")
+    for name in ("hound", "wolf"):
+        page.get_by_label("Add or change").click()
+        page.get_by_role("option", name=name, exact=True).click()
+        page.get_by_role("button", name="Remove").click()
+        page.locator("#own-told").get_by_text(f"Removed: {name}.").wait_for()
+
+
+@pytest.mark.browser
+def test_the_page_begins_with_a_base_model_at_a_path(browser, tmp_path):
+    (tmp_path / "mine").symlink_to(bases.ASSETS / "storybook")
+    with running(tmp_path / "app", "-m", "iteris_sd", "app", "--base", str(tmp_path / "mine")) as (url, _):
+        page = opened(browser, url)
+        assert page.get_by_label("Base model").first.input_value() == "mine"
+        quick(page, "3", 1, "Linear")
+        compose(page)
+        assert ended(page) == "Done: 1 picture."
+        assert str(tmp_path / "mine") not in page.content()
+        page.close()
 
 
 @pytest.mark.browser

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from iteris_sd import backbone as backbones
@@ -192,6 +193,123 @@ def test_what_is_fetched_of_a_repository() -> None:
     assert sum(name.endswith(".fp16.safetensors") for name in both) == 4 and len(both) == 13
     with pytest.raises(UserError, match="no weights as safetensors"):
         weights.needed({"model_index.json": 1, "unet/diffusion_pytorch_model.bin": 5})
+
+
+WHOLE = (
+    *("model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
+    *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
+    *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
+    "text_encoder/model.safetensors",
+)
+CHECKER = ("safety_checker/config.json", "safety_checker/model.safetensors")
+NEW, FORMER = "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the Hub's."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ITERIS_SD_SAFETY", raising=False)
+    return tmp_path / "cache"
+
+
+def snapshot(cache: Path, repo: str, commit: str, names: Iterable[str], main: bool = False) -> Path:
+    """A cached snapshot of empty files."""
+    home = cache / f"models--{repo.replace('/', '--')}"
+    for name in names:
+        (home / "snapshots" / commit / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "snapshots" / commit / name).touch()
+    if main:
+        (home / "refs").mkdir(exist_ok=True)
+        (home / "refs" / "main").write_text(commit)
+    return home / "snapshots" / commit
+
+
+@pytest.mark.parametrize("lacks", WHOLE)
+def test_a_newer_snapshot_that_is_not_whole_does_not_hide_an_older_one(cache: Path, lacks: str) -> None:
+    base = bases.find("sd15")
+    assert weights.located(base) is None
+    part = [name for name in WHOLE if name != lacks]
+    snapshot(cache, NEW, "new", part, main=True)
+    assert weights.located(base) is None
+    old = snapshot(cache, NEW, "old", WHOLE)
+    assert weights.located(base) == old
+
+
+def test_halves_with_a_tokenizer_of_one_file_are_whole(cache: Path) -> None:
+    halves = [name.replace(".safetensors", ".fp16.safetensors") for name in WHOLE if "tokenizer" not in name]
+    place = snapshot(cache, NEW, "abc", [*halves, "tokenizer/tokenizer.json"])
+    assert weights.located(bases.find("sd15")) == place
+
+
+def test_a_model_is_found_under_its_former_name(cache: Path) -> None:
+    former = snapshot(cache, FORMER, "abc", WHOLE)
+    assert weights.located(bases.find("sd15")) == former
+    assert weights.located(bases.find("Lykon/dreamshaper-8")) is None
+    present = snapshot(cache, NEW, "def", WHOLE)
+    assert weights.located(bases.find("sd15")) == present
+
+
+def test_where_strangers_draw_a_model_is_whole_with_its_checker_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases.find("sd15")
+    place = snapshot(cache, NEW, "abc", WHOLE)
+    assert weights.located(base) == place and weights.safety(base) == "off"
+    monkeypatch.setenv("SPACE_ID", "us/space")
+    assert weights.located(base) is None  # so it is fetched, with what it lacks
+    assert weights.safety(base) == "on"
+    snapshot(cache, NEW, "abc", CHECKER)
+    assert weights.located(base) == place and weights.safety(base) == "on"
+    monkeypatch.setenv("ITERIS_SD_SAFETY", "off")
+    assert weights.safety(base) == "off"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (WHOLE, None),
+        ((*WHOLE, *CHECKER), ""),
+        ((*WHOLE, "safety_checker/model.safetensors"), None),
+        ((*WHOLE, CHECKER[0], "safety_checker/model.fp16.safetensors"), "fp16"),
+        ((*WHOLE, *CHECKER, "safety_checker/model.fp16.safetensors"), ""),
+    ],
+)
+def test_a_checker_may_be_of_another_variant(
+    cache: Path, names: tuple[str, ...], expected: str | None
+) -> None:
+    place = snapshot(cache, NEW, "abc", names)
+    assert weights.checker(place) == expected
+    assert weights.checked(place, "") == (expected is not None)
+
+
+def test_a_model_at_a_path_without_a_checker_is_told_of_and_refused_to_strangers(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoints.opened(str(small))
+    assert weights.safety(base) == "off"
+    weights.check_safe(base)
+    monkeypatch.setenv("SPACE_ID", "us/space")
+    assert weights.safety(base) == "off, this model has none"
+    with pytest.raises(
+        UserError, match="mine has no safety checker, which a public page needs; choose another"
+    ):
+        weights.check_safe(base)
+    weights.check_safe(bases.find("storybook"))
+    monkeypatch.setenv("ITERIS_SD_SAFETY", "off")
+    weights.check_safe(base)
+
+
+def test_a_checker_is_fetched_in_whichever_variant_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = [name.replace(".safetensors", ".fp16.safetensors") for name in WHOLE]
+    found = weights.needed(dict.fromkeys([*halves, *CHECKER], 1))
+    assert set(CHECKER) <= set(found)
+    found = weights.needed(dict.fromkeys([*WHOLE, CHECKER[0], "safety_checker/model.fp16.safetensors"], 1))
+    assert "safety_checker/model.fp16.safetensors" in found
+    assert set(weights.needed(dict.fromkeys(WHOLE, 1))) == set(WHOLE)
+    monkeypatch.setenv("SPACE_ID", "us/space")
+    with pytest.raises(UserError, match="no safety checker as safetensors, and one is wanted here"):
+        weights.needed(dict.fromkeys(WHOLE, 1))
 
 
 def test_the_usual_base_is_the_one_that_ships(toy: Path) -> None:

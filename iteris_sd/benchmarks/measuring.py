@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from iteris_sd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ def machine(device: str = "cpu") -> str:
 def peak_bytes(prepare: Callable[[], Any], work: Callable[[Any], Any]) -> int:
     """Peak memory of ``work(prepare())`` above what was resident after ``prepare``, in a process of its own.
 
-    On a GPU the GPU's memory, else the process's. Both must be functions of a module.
+    On a GPU the GPU's memory, else the process's. Both must be functions of a module. Raises UserError where the
+    system does not tell.
     """
+    _check_measurable()
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_measured, args=(prepare, work, send))
@@ -72,6 +76,14 @@ def peak_bytes(prepare: Callable[[], Any], work: Callable[[Any], Any]) -> int:
         raise RuntimeError(f"the measured process ended with code {child.exitcode}") from None
     child.join()
     return found
+
+
+def _check_measurable() -> None:
+    if not torch.cuda.is_available() and importlib.util.find_spec("resource") is None:
+        raise UserError(
+            f"Peak memory of a process cannot be measured on {platform.system()}: Python has no module `resource` "
+            "there; run the benchmark on Linux, on macOS, or where there is a GPU."
+        )
 
 
 def _measured(prepare: Callable[[], Any], work: Callable[[Any], Any], send: Any) -> None:
@@ -97,6 +109,8 @@ def _peak() -> int:
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
         return _status("VmHWM")
+    import resource  # which Windows does not have
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

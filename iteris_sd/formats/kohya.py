@@ -1,8 +1,8 @@
 """The dialect of kohya's sd-scripts, A1111 and ComfyUI: ``lora_unet_…``, ``lora_te_…``, an alpha for each module.
 
 Convolutions (LoCon) come with kernels in ``lora_down``, or in ``lora_mid`` where the factorisation is Tucker's. A1111
-bundles learned tokens as ``bundle_emb.<token>.string_to_param.*``. Prefixes that a tool has put twice, and module names
-of the original Stable Diffusion code, are understood.
+and OneTrainer bundle learned tokens as ``bundle_emb.<token>.…``. Prefixes that a tool has put twice, LyCORIS' own
+``lycoris_…`` without a component, and module names of the original Stable Diffusion code, are understood.
 """
 
 import re
@@ -12,40 +12,34 @@ import torch
 from torch import Tensor
 
 from iteris_sd.formats import naming
-from iteris_sd.formats.layout import Claim, Role
+from iteris_sd.formats.layout import ROLES, Claim
+from iteris_sd.formats.tokens import bundled
 from iteris_sd.lora import LoRA
 
 NAME = "kohya"
 
 _KEY = re.compile(
-    r"(?P<prefix>(?:(?:lora_|lycoris_|base_model_model_)*(?:unet|te|te1|text_encoder)_)+)(?P<path>[a-z0-9_]+?)"
-    r"\.(?P<role>alpha|(?:lora_down|lora_up|lora_mid|lora_A|lora_B)(?:\.default)?\.weight)"
+    r"(?:(?:(?:lora_|lycoris_|base_model_model_)*(?P<component>unet|te|te1|text_encoder)_)+|lycoris_)"
+    r"(?:base_model_model_)?(?P<path>[a-z0-9_]+?)"
+    r"\.(?P<role>alpha|(?:lora_down|lora_up|lora_mid|lora_A|lora_B)(?:\.[\w-]+)?\.weight)"
 )
-_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.string_to_param\.\*")
-_ROLES: Mapping[str, Role] = {
-    "alpha": "alpha",
-    "lora_down": "down",
-    "lora_A": "down",
-    "lora_up": "up",
-    "lora_B": "up",
-    "lora_mid": "mid",
-}
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
 
 def claim(key: str) -> Claim | None:
     """A factor or alpha of a module whose path has underscores for dots, or a bundled token."""
-    token = _TOKEN.fullmatch(key)
+    token = bundled(key)
     if token is not None:
-        return Claim(token["token"], "token")
+        return Claim(token, "token")
     found = _KEY.fullmatch(key)
     path = naming.dotted(found["path"]) if found is not None else None
     if found is None or path is None:
         return None
     component = naming.component_of(path)
-    if component is None or (component == "unet") != found["prefix"].endswith("unet_"):
+    told = found["component"]
+    if component is None or (told is not None and (told == "unet") != (component == "unet")):
         return None
-    return Claim(naming.canonical(component, path), _ROLES[found["role"].partition(".")[0]])
+    return Claim(naming.canonical(component, path), ROLES[found["role"].partition(".")[0]])
 
 
 def name_tensors(lora: LoRA, tokens: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -7,6 +7,14 @@ from typing import Literal, Protocol
 from iteris_sd.errors import UserError
 
 Role = Literal["down", "up", "mid", "alpha", "token"]
+ROLES: Mapping[str, Role] = {
+    "alpha": "alpha",
+    "lora_down": "down",
+    "lora_A": "down",
+    "lora_up": "up",
+    "lora_B": "up",
+    "lora_mid": "mid",
+}  # what the factors of kohya's names and of PEFT's are
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A canonical name is ``unet.`` or ``text_encoder.`` and the module's path as diff
 |------------|---------------------------------------------------------------------|---------------------------------|
 | dotted     | ``down_blocks.0.attentions.1``                                      | diffusers, PEFT                 |
 | underscore | ``down_blocks_0_attentions_1``                                      | kohya's sd-scripts, A1111       |
-| original   | ``input_blocks_2_1`` for the same                                   | the first Stable Diffusion code |
+| original   | ``input_blocks_2_1`` or ``input_blocks.2.1`` for the same           | the first Stable Diffusion code |
 """
 
 import re
@@ -41,15 +41,20 @@ _OUTER = {
 _ORIGINAL = re.compile(
     r"(?P<half>input|output)_blocks_(?P<block>\d+)_(?P<place>\d)_(?P<rest>.+)|middle_block_(?P<middle>\d)_(?P<inner>.+)"
 )
+_DOTTED_ORIGINAL = re.compile(r"((input|output)_blocks|middle_block|time_embed|out)\.\d")
 
 
 def canonical(component: str, path: str) -> str:
-    """The canonical name of a dotted path in a component."""
-    return f"{component}.{path.removeprefix(TEXT_LAYOUT) if component == 'text_encoder' else path}"
+    """The canonical name of a dotted path in a component, original spelling included."""
+    if component == "text_encoder":
+        path = path.removeprefix(TEXT_LAYOUT)
+    elif _DOTTED_ORIGINAL.match(path):
+        path = dotted(path.replace(".", "_")) or path
+    return f"{component}.{path}"
 
 
 def component_of(path: str) -> str | None:
-    """The component that a dotted path without prefix must stand in; None where it tells nothing."""
+    """The component that a dotted path of diffusers' without prefix must stand in; None where it tells nothing."""
     return "text_encoder" if _TEXT.match(path) else "unet" if _UNET.match(path) else None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from iteris_sd import limits
 from iteris_sd.errors import UserError
 from iteris_sd.formats import naming
+from iteris_sd.formats.impostors import PICKLE
 from iteris_sd.formats.layout import Claim
 from iteris_sd.lora import LoRA
 
@@ -21,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("unet", "text_encoder")
 
 _KEY = re.compile(
-    r"(?:base_model\.model\.)(?:(?P<component>unet|text_encoder)\.)?(?P<path>.+)\.lora_(?P<role>[AB])(?:\.default)?\.weight"
+    r"(?:base_model\.model\.)(?:(?P<component>unet|text_encoder)\.)?(?P<path>.+)\.lora_(?P<role>[AB])(?:\.[\w-]+)?\.weight"
 )
 
 
@@ -36,13 +37,27 @@ def claim(key: str) -> Claim | None:
     return Claim(naming.canonical(component, found["path"]), "down" if found["role"] == "A" else "up")
 
 
+def places(folder: Path) -> list[Path]:
+    """The folders in ``folder``, itself included, that hold the settings of an adapter."""
+    return [place for place in (folder, *(folder / c for c in COMPONENTS)) if (place / CONFIG).is_file()]
+
+
 def adapters(folder: Path) -> list[Path]:
-    """The folders in ``folder``, itself included, that hold an adapter. Raises UserError when there is none."""
-    found = [place for place in (folder, *(folder / c for c in COMPONENTS)) if (place / CONFIG).is_file()]
+    """The folders in ``folder`` that hold an adapter, weights and all. Raises UserError when there is none, or one has
+    no weights that are read."""
+    found = places(folder)
+    for place in found:
+        if not (place / WEIGHTS).is_file():
+            pickled = (place / "adapter_model.bin").is_file()
+            raise UserError(
+                f"its weights are adapter_model.bin, a PyTorch pickle; {PICKLE} as {WEIGHTS}."
+                if pickled
+                else f"it has {CONFIG} and no {WEIGHTS} beside it; save the adapter there again."
+            )
     if not found:
         raise UserError(
-            f"there is no {CONFIG} in it nor in its folders {' and '.join(COMPONENTS)}; name a file, or a folder that "
-            "PEFT has saved an adapter into."
+            f"there is no {CONFIG} in it nor in its folders {' and '.join(COMPONENTS)}, and not one .safetensors file "
+            "alone; name a file, or a folder that a LoRA was saved into."
         )
     return found
 

@@ -14,12 +14,23 @@ from torch import Tensor
 
 from iteris_sd import limits
 from iteris_sd.errors import UserError
-from iteris_sd.formats import diffusers, kohya, old_diffusers, peft_config, peft_folder, pivotal, refusing
-from iteris_sd.formats.header import Entry, read_header
+from iteris_sd.formats import (
+    comfyui,
+    diffusers,
+    folder,
+    kohya,
+    old_diffusers,
+    peft_config,
+    peft_folder,
+    pivotal,
+    refusing,
+    tokens,
+)
+from iteris_sd.formats.header import FLOATS, WHOLE, Entry, Header, read_header
 from iteris_sd.formats.layout import Dialect, Layout, Pair, Scale, sort
 from iteris_sd.lora import LoRA, LowRank
 
-DIALECTS = cast(Sequence[Dialect], (diffusers, kohya, old_diffusers, pivotal, peft_folder))
+DIALECTS = cast(Sequence[Dialect], (diffusers, kohya, comfyui, old_diffusers, peft_folder))  # with `pivotal`
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,37 +46,35 @@ class LoraFile:
 
 
 def read(path: str | Path) -> LoraFile:
-    """Read a LoRA file, or a folder that PEFT has saved an adapter into.
+    """Read a LoRA file, or a folder that PEFT or diffusers has saved one into.
 
     Tensors come in float32, or float64 where the file has it, scale applied. Raises UserError naming the file when it
     is missing, damaged, of an unknown kind, or out of bounds.
     """
     path = Path(path)
     with _naming(path):
-        if path.is_dir():
-            return _read_folder(path)
-        return _read_file(path)
+        file = folder.located(path)
+        if file.is_dir():
+            return _read_folder(file)
+        return _read_file(file)
 
 
 def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     """Read a file of learned tokens: token -> its vectors (vectors, dim), in float32 at least.
 
-    Diffusers' files name their tokens; A1111's (``emb_params``) and those of diffusers' advanced training (``clip_l``)
-    hold one that is called as the file. Raises UserError naming the file when it is missing, damaged, holds other
-    than tokens, or is out of bounds.
+    Diffusers' files name their tokens; those of A1111, OneTrainer and diffusers' advanced training hold one that is
+    called as the file (`tokens`). Raises UserError naming the file when it is missing, damaged, holds other than
+    tokens, or is out of bounds.
     """
     path = Path(path)
     with _naming(path):
-        header = read_header(path, limits.MAX_EMBEDDING_BYTES)
-        if "clip_g" in header.entries:
-            raise UserError("it is a token for Stable Diffusion XL (it holds 'clip_g').")
-        names = {key: path.stem if key in ("emb_params", "clip_l") else key for key in header.entries}
-        if len(names) > limits.MAX_TOKENS:
-            raise UserError(f"it holds {len(names)} tensors; at most {limits.MAX_TOKENS} tokens are read.")
-        for key, token in names.items():
-            _check_token(token, header.entries[key])
+        header = read_header(path)
+        keys = tokens.named(header, path.stem)
+        header.check_size(limits.MAX_EMBEDDING_BYTES)
+        for token, key in keys.items():
+            tokens.check(token, key, header)
         with safe_open(path, framework="pt") as file:
-            return {token: torch.atleast_2d(_tensor(file, key)) for key, token in names.items()}
+            return {token: torch.atleast_2d(_tensor(file, key)) for token, key in keys.items()}
 
 
 @contextmanager
@@ -80,8 +89,9 @@ def _naming(path: Path) -> Generator[None]:
         raise UserError(f"{path.name} cannot be used: its content is damaged ({error}).") from error
 
 
-def _read_folder(folder: Path) -> LoraFile:
-    parts = [_read_file(place / peft_folder.WEIGHTS) for place in peft_folder.adapters(folder)]
+def _read_folder(path: Path) -> LoraFile:
+    folder.check(path)
+    parts = [_read_file(place / peft_folder.WEIGHTS) for place in peft_folder.adapters(path)]
     layers = [name for part in parts for name in part.lora]
     if len(layers) != len(set(layers)):
         raise UserError("it holds some layers twice, in several adapters; name one of its folders.")
@@ -97,24 +107,38 @@ def _read_folder(folder: Path) -> LoraFile:
 
 
 def _read_file(path: Path) -> LoraFile:
-    header = read_header(path, limits.MAX_FILE_BYTES)
-    refusing.check(header.entries)
-    layout = sort(header.entries, DIALECTS)
-    if not layout.layers:
-        raise UserError("it holds learned tokens and no LoRA; add it to a concept as its token.")
+    header = read_header(path)
+    layout = _layout(header)
+    header.check_size(limits.MAX_FILE_BYTES)
     scales = _scales(path, layout, header.metadata)
-    for name, pair in layout.layers.items():
-        _check_shapes(name, pair, header.entries)
-    for token, key in layout.tokens.items():
-        _check_token(token, header.entries[key])
     with safe_open(path, framework="pt") as file:
         layers = {n: _adapter(file, pair, scales.get(n, Scale())) for n, pair in layout.layers.items()}
-        tokens = {token: torch.atleast_2d(_tensor(file, key)) for token, key in layout.tokens.items()}
+        learned = {token: torch.atleast_2d(_tensor(file, key)) for token, key in layout.tokens.items()}
     shapes = {name: header.entries[pair.mid or pair.down].shape for name, pair in layout.layers.items()}
     kernels = {name: (shape[2], shape[3]) for name, shape in shapes.items() if len(shape) == 4}
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return LoraFile(LoRA(layers, kernels), tokens, header.metadata, layout.dialects[0], digest)
+    return LoraFile(LoRA(layers, kernels), learned, header.metadata, layout.dialects[0], digest)
+
+
+def _layout(header: Header) -> Layout:
+    """A LoRA file's layers and tokens. Raises UserError when it is something else, or its tensors cannot be used."""
+    refusing.check(header.entries)
+    tokens.refuse(header.entries)
+    layout = sort(header.entries, [*DIALECTS, pivotal.spoken(header)])
+    if not layout.layers:
+        raise UserError("it holds learned tokens and no LoRA; add it to a concept as its token.")
+    for name, pair in layout.layers.items():
+        _check_shapes(name, pair, header.entries)
+        for key in filter(None, (pair.down, pair.up, pair.mid)):
+            header.check_type(key)
+        if pair.alpha:
+            header.check_type(pair.alpha, FLOATS + WHOLE)
+    for token, key in layout.tokens.items():
+        tokens.check(token, key, header)
+    widths = {name: header.entries[pair.down].shape[1] for name, pair in layout.layers.items()}
+    refusing.check_family(widths, header.metadata)
+    return layout
 
 
 def _scales(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Mapping[str, Scale]:
@@ -154,15 +178,6 @@ def _check_mid(name: str, mid: Sequence[int], down: Sequence[int], up: Sequence[
         raise UserError(
             f"the factors of {name} do not fit each other: down is {tuple(down)}, mid {tuple(mid)} and up {tuple(up)}."
         )
-
-
-def _check_token(token: str, entry: Entry) -> None:
-    shape = entry.shape
-    vectors, dim = shape if len(shape) == 2 else (1, *shape) if len(shape) == 1 else (0, 0)
-    if not (1 <= vectors <= limits.MAX_TOKEN_VECTORS and 1 <= dim <= limits.MAX_WIDTH):
-        raise UserError(f"the token's tensor has shape {shape}; (vectors, width) is expected.")
-    if not 1 <= len(token) <= limits.MAX_TOKEN_CHARS or not token.isprintable() or token != token.strip():
-        raise UserError(f"the name of its token, {token[:40]!r}, cannot be used in a prompt.")
 
 
 def _adapter(file: safe_open, pair: Pair, scale: Scale) -> LowRank:

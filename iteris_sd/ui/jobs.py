@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from iteris_sd import bases, weights
+from iteris_sd import bases, serving, weights
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.events import Picture, Progress
@@ -139,8 +139,14 @@ def device() -> str | None:
 
 
 def load(base: str) -> None:
-    """Import what is heavy and load a base model; may take long. Raises UserError."""
+    """Import what is heavy and load a base model; may take long. Raises UserError.
+
+    Where a GPU is lent, models are loaded before anybody asks (`space.prepare`), and not in a thread: the pretended GPU
+    is there in the main one only.
+    """
     bring_in()
+    if serving.lent():
+        return
     from iteris_sd import backbone
 
     with _IMPORTING:  # loading imports, too

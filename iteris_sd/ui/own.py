@@ -29,7 +29,7 @@ class Own:
     """The widgets."""
 
     which: gr.Dropdown
-    file: gr.File
+    files: gr.File
     id: gr.Textbox
     title: gr.Textbox
     trigger: gr.Textbox
@@ -51,11 +51,16 @@ def layout() -> Own:
     """Lay the widgets out."""
     with gr.Column(elem_id="own"):
         which = gr.Dropdown([_FIRST], value=_NEW, label="Add or change", elem_id="own-which")
-        file = gr.File(
-            label="A LoRA (.safetensors), or a concept that was exported (.zip)",
-            file_types=[".safetensors", ".zip"],
+        files = gr.File(
+            label="A LoRA and what belongs to it, or a .zip",
+            file_types=[".safetensors", ".json", ".zip"],
+            file_count="multiple",
             height=150,
             elem_classes="drop",
+        )
+        forms.markup(
+            '<p class="note">A .safetensors file, with its learned tokens and PEFT\'s adapter_config.json where it has '
+            "them. Tokens can be added to a concept of yours later, too.</p>"
         )
         id = gr.Textbox(
             label="Or from the Hugging Face Hub",
@@ -84,7 +89,7 @@ def layout() -> Own:
             export = gr.DownloadButton("Export (zip)", visible=False, min_width=120)
             remove = gr.Button("Remove", variant="stop", visible=False, min_width=120)
         told = forms.markup("", elem_id="own-told")
-    return Own(which, file, id, title, trigger, noun, weight, pictures, keep, export, remove, told)
+    return Own(which, files, id, title, trigger, noun, weight, pictures, keep, export, remove, told)
 
 
 def shelf(visit: Visit) -> gr.Dropdown:
@@ -108,15 +113,28 @@ def wire(
 
     `follow(event, name)` shows what follows from what is picked after an event.
     """
-    changed = [own.which, own.file, own.id, *own.words, form.words.picked, form.words.sets, own.told, look_at]
+    changed = [
+        own.which,
+        own.files,
+        own.id,
+        *own.words,
+        form.words.picked,
+        form.words.sets,
+        own.told,
+        look_at,
+    ]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
 
     chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove]
     own.which.change(_show(visits, own), own.which, chosen, api_name="show_own", **forms.SILENT)
-    own.file.upload(
-        _guess, own.file, [own.title, own.trigger, own.noun, own.told], api_name="guess_own", **private
+    own.files.upload(
+        _guess(visits),
+        [own.files, own.which],
+        [own.title, own.trigger, own.noun, own.told],
+        api_name="guess_own",
+        **private,
     )
-    asked = [own.which, own.file, own.id, *own.words, form.words.picked, form.base]
+    asked = [own.which, own.files, own.id, *own.words, form.words.picked, form.base]
     kept = own.keep.click(_keep(visits, form, own, look_at), asked, changed, api_name="keep_own", **private)
     gone = own.remove.click(
         _remove(visits, form, own, look_at),
@@ -156,25 +174,29 @@ def _show(visits: Visits, own: Own) -> Callable[..., Update]:
     return show_own
 
 
-def _guess(path: str | None) -> tuple[Any, Any, Any, str]:
-    """What a file says of itself, to be looked at and mended before it is kept."""
-    if not path or not path.endswith(".safetensors"):
-        return gr.skip(), gr.skip(), gr.skip(), ""
-    jobs.bring_in()
-    from iteris_sd import adding
+def _guess(visits: Visits) -> Callable[..., tuple[Any, Any, Any, str]]:
+    """What a LoRA says of itself, to be looked at and mended before it is kept."""
 
-    try:
-        found = adding.opened(Path(path))
-    except UserError as error:
-        return gr.skip(), gr.skip(), gr.skip(), results.problem(str(error))
-    told = '<p role="status">These words are guessed from the file; mend what is wrong, then keep it.</p>'
-    return found.title, found.trigger, found.class_noun, told
+    def guess_own(paths: list[str] | None, which: str, request: gr.Request) -> tuple[Any, Any, Any, str]:
+        nothing = gr.skip(), gr.skip(), gr.skip()
+        if not paths or which != _NEW:  # a concept that is chosen has words of its own
+            return *nothing, ""
+        try:
+            found = visits.of(request).look_at([Path(path) for path in paths])
+        except UserError as error:
+            return *nothing, results.problem(str(error))
+        if isinstance(found, str):
+            return *nothing, f'<p role="status">{escape(found)}</p>'
+        told = '<p role="status">These words are guessed from the file; mend what is wrong, then keep it.</p>'
+        return found.title, found.trigger, found.class_noun, told
+
+    return guess_own
 
 
 def _keep(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callable[..., Iterator[Update]]:
     def keep_own(
         which: str,
-        path: str | None,
+        paths: list[str] | None,
         id: str,
         title: str,
         trigger: str,
@@ -187,19 +209,19 @@ def _keep(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callabl
     ) -> Iterator[Update]:
         visit = visits.of(request)
         words = {"title": title, "trigger": trigger, "class_noun": noun, "weight": weight}
-        shown = [Path(picture) for picture in pictures or []]
+        files, shown = ([Path(path) for path in several or []] for several in (paths, pictures))
         try:
             if which in visit.mine():
-                if path or id.strip():
+                if id.strip():
                     raise UserError(
-                        "One of your concepts is chosen, and a new file, too; choose “A new one” to keep the file, or "
-                        "take it away to change what is chosen."
+                        "One of your concepts is chosen, and an id on the Hub, too; choose “A new one” to keep what is "
+                        "on the Hub, or take the id away to change what is chosen."
                     )
-                concept = visit.change(which, words, shown)
-            elif path:
-                concept = visit.add(Path(path), words, shown)
+                concept = visit.change(which, words, shown, files)
             elif id.strip():
-                concept = yield from _from_hub(visit, id, words, shown, own)
+                concept = yield from _from_hub(visit, id, words, shown, files, own)
+            elif files:
+                concept = visit.add(files, words, shown)
             else:
                 raise UserError(
                     "Nothing is chosen; choose a .safetensors or .zip file, or write the id of one on the Hub."
@@ -216,24 +238,28 @@ def _keep(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callabl
     return keep_own
 
 
-def _from_hub(visit: Visit, id: str, words: dict[str, Any], shown: list[Path], own: Own) -> Any:
-    """Download a LoRA while the page shows how far it is, and keep it."""
+def _from_hub(
+    visit: Visit, id: str, words: dict[str, Any], shown: list[Path], files: list[Path], own: Own
+) -> Any:
+    """Download a LoRA while the page shows how far it is, and keep it; `files`: its learned tokens."""
     jobs.bring_in()
-    from iteris_sd import adding
+    from iteris_sd import bringing
 
     parsed = hub.parse(id)
     if parsed is None:
         raise UserError(
             f"{id.strip()!r} is no id on the Hub; write owner/name, or owner/name:file.safetensors."
         )
-    work = adding.fetch(parsed)
+    if not bringing.are_tokens(files):
+        raise UserError(
+            "An id on the Hub is written, and other files than learned tokens are chosen; take one of the two away."
+        )
+    work = visit.add_from_hub(parsed, words, shown, files)
     while True:
         try:
             done, total = next(work)
         except StopIteration as stop:
-            got = stop.value
-            more = {"origin": str(parsed), "revision": got.revision, "tokens": got.tokens}
-            return visit.add(got.file, words, shown, **more)
+            return stop.value
         yield {own.told: f'<p role="status">Downloading: {hub.readable(done)} of {hub.readable(total)}.</p>'}
 
 
@@ -269,7 +295,7 @@ def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[Use],
     uses = [use.plain() for use in picked if use.name in names][: limits.MAX_CONCEPTS]
     return {
         own.which: shelf(visit),
-        own.file: None,
+        own.files: None,
         own.id: "",
         **{own.title: "", own.trigger: "", own.noun: "", own.weight: 1.0},
         own.pictures: None,

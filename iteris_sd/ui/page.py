@@ -17,7 +17,7 @@ from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.history import History
 from iteris_sd.kept import Kept
-from iteris_sd.ui import api, compose, jobs, own, past, shelf, theme, why
+from iteris_sd.ui import api, compose, jobs, own, past, results, shelf, space, theme, why
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import picker as pickers
 from iteris_sd.ui.form import SILENT, Update
@@ -30,16 +30,17 @@ _ICON = Path(__file__).with_name("favicon.png")
 _warm = threading.Lock()
 
 
-def build(visits: Visits) -> gr.Blocks:
-    """The page, not yet launched."""
-    base = bases.find(weights.usual(visits.library))
+def build(visits: Visits, first: str | None = None) -> gr.Blocks:
+    """The page, not yet launched; `first`: the base model it begins with, the usual one unless given."""
+    base = bases.find(first or weights.usual(visits.library))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_CLEAN_EVERY, _KEEP)) as page:
         gr.HTML(
             f"<h1>{TITLE}</h1><p>Put several LoRA concepts into one picture, and compare ways of merging them.</p>",
             elem_id="header",
             apply_default_css=False,
         )
-        notice = forms.markup("", elem_id="notice")
+        lacking = space.lacking()
+        notice = forms.markup(results.said(lacking) if lacking else "", elem_id="notice")
         with gr.Tabs(selected="compose", overflow_behavior="wrap") as tabs:
             with gr.Tab("Compose", id="compose"):
                 composing = compose.layout(visits, base, notice)
@@ -110,20 +111,29 @@ def _shared_anyway() -> bool:
     return wanted or colab_check() or is_hosted_notebook()
 
 
-def launch(host: str | None = None, port: int | None = None, share: bool = False, mcp: bool = False) -> None:
+def launch(
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    mcp: bool = False,
+    base: str | None = None,
+) -> None:
     """Serve the page until interrupted; what is not given comes from Gradio's environment variables.
 
     Concepts that are added, and what is composed, stay for good where the page is one person's own; on a public page
-    they go with the visit. `mcp`: compose and merge are also tools of a Model Context Protocol server.
+    they go with the visit. `mcp`: compose and merge are also tools of a Model Context Protocol server. `base`: the
+    base model that the page begins with. Raises UserError when strangers may not draw with it.
     """
     Image.MAX_IMAGE_PIXELS = limits.MAX_PICTURE_PIXELS
     share = share or _shared_anyway()
     if share:
         serving.go_public()
+    if base is not None and serving.public():
+        weights.check_safe(bases.find(base))
     kept, history = (None, None) if serving.public() else (Kept.usual(), History.usual())
     visits = Visits(Library.shipped(), kept, history)
     allowed = [visits.root] if history is None else [visits.root, history.folder]
-    build(visits).queue(default_concurrency_limit=8, max_size=limits.MAX_WAITING).launch(
+    build(visits, base).queue(default_concurrency_limit=8, max_size=limits.MAX_WAITING).launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -132,7 +142,8 @@ def launch(host: str | None = None, port: int | None = None, share: bool = False
         js=_SCRIPT,
         favicon_path=_ICON,
         allowed_paths=[str(path) for path in allowed],
-        max_file_size=limits.MAX_FILE_BYTES,
+        max_file_size=limits.MAX_PUBLIC_FILE_BYTES if serving.public() else limits.MAX_FILE_BYTES,
         footer_links=["api", "settings"],
         mcp_server=mcp or None,
+        ssr_mode=False,  # a Space asks for it; the page's own script was never tried under it
     )

@@ -32,12 +32,10 @@ class Tab:
 def layout(library: Library) -> Tab:
     """Lay the tab out."""
     stay = "as long as this page is open" if serving.public() else "and are there next time"
-    told = f"Added here, they can be picked under Compose, {stay}."
+    lasting = f"Added here, they can be picked under Compose, {stay}."
     with gr.Row(elem_id="shelf"):
         with gr.Column(scale=1, min_width=320):
-            forms.title(
-                "Your own concepts", "Added here, they can be picked under Compose, and are there next time."
-            )
+            forms.title("Your own concepts", lasting)
             mine = own.layout()
         with gr.Column(scale=1, min_width=320):
             forms.title("What is inside", "Any concept of the library, its reference pictures and its file.")

@@ -7,15 +7,17 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
 
-from iteris_sd import limits
+from iteris_sd import hub, limits, serving
 from iteris_sd.concepts import Concept, Library
+from iteris_sd.errors import UserError
 from iteris_sd.history import Entry, History
 from iteris_sd.kept import Kept
 from iteris_sd.recipe import Recipe
@@ -139,24 +141,99 @@ class Visit:
 
     def add(
         self,
-        file: Path,
+        files: Sequence[Path],
         words: Mapping[str, Any],
         pictures: Sequence[Path] = (),
         **more: Any,
     ) -> Concept:
-        """Keep a concept from a LoRA file, or from a zip that a concept was exported to. Raises UserError.
+        """Keep a concept from a LoRA with what belongs to it, or from a zip, as `bringing.keep` has it.
 
-        `more`: as `Kept.add` has it.
+        `more`: as `Kept.add` has it. Raises UserError, also when a public page has no room for it.
         """
         jobs.bring_in()
-        from iteris_sd import adding
+        from iteris_sd import bringing
 
-        if file.suffix == ".zip":
-            return adding.unpack(self._kept, file)
-        return adding.keep(self._kept, file, references=pictures, **words, **more)
+        self._check_room(_bytes_of(files), more=1)
+        concept = bringing.keep(self._kept, files, references=pictures, **words, **more)
+        try:
+            self._check_room()  # a zip is larger when it is unpacked
+        except UserError:
+            self._kept.remove(concept.name)
+            raise
+        return concept
 
-    def change(self, name: str, words: Mapping[str, Any], pictures: Sequence[Path] = ()) -> Concept:
-        """Change what is said of one of one's own concepts, and its pictures where there are new ones."""
+    def look_at(self, files: Sequence[Path]) -> Concept | str:
+        """What a LoRA says of itself before it is kept; a sentence where nothing can be said. Raises UserError."""
+        jobs.bring_in()
+        from iteris_sd import adding, bringing
+
+        if any(map(bringing.is_exported, files)):
+            return "This zip has words of its own; keep it as it is."
+        with bringing.sorted_out(files, self._folder) as found:
+            if found.source is not None:
+                return adding.opened(found.source)
+        return (
+            "These are learned tokens; choose the concept that they belong to, or bring its LoRA with them."
+        )
+
+    def add_from_hub(
+        self, id: hub.LoraId, words: Mapping[str, Any], pictures: Sequence[Path], tokens: Sequence[Path]
+    ) -> Generator[tuple[int, int], None, Concept]:
+        """Keep a LoRA from the Hub, with files of learned tokens more; yield bytes done and bytes in all.
+
+        What a public page downloads goes at once, since no cache may grow by what strangers ask for. Raises UserError
+        likewise.
+        """
+        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as passing:
+            cache = Path(passing) if serving.public() else None
+            file, own, revision = yield from hub.fetch_lora(
+                id, cache, lambda size: self._check_room(size, more=1)
+            )
+            told = {"origin": str(id), "revision": revision, "tokens": (*own, *tokens)}
+            return self.add([file], words, pictures, **told)
+
+    def _check_room(self, coming: int = 0, more: int = 0) -> None:
+        """Raise UserError when a public page has no room for so many bytes and concepts more."""
+        if not serving.public():
+            return
+        elsewhere = "or run the page on a machine of your own"
+        if len(self.mine()) + more > (most := limits.MAX_PUBLIC_CONCEPTS):
+            raise UserError(
+                f"A visitor of this public page can keep {most} concepts; remove one, {elsewhere}."
+            )
+        own, most = _bytes_of([self._kept.folder]) + coming, limits.MAX_PUBLIC_BYTES
+        if own > most:
+            raise UserError(
+                f"With this your concepts would have {hub.readable(own)}, and a visitor of this public page can keep "
+                f"{hub.readable(most)}; remove one, {elsewhere}."
+            )
+        if _bytes_of([self._folder.parent]) + coming > limits.MAX_PUBLIC_BYTES_IN_ALL:
+            raise UserError(
+                f"This public page is full of what its visitors brought; try again later, {elsewhere}."
+            )
+
+    def change(
+        self,
+        name: str,
+        words: Mapping[str, Any],
+        pictures: Sequence[Path] = (),
+        tokens: Sequence[Path] = (),
+    ) -> Concept:
+        """Change what is said of one of one's own concepts, and its pictures where there are new ones; add tokens.
+
+        Raises UserError when a word is out of bounds, or `tokens` are other files.
+        """
+        if tokens:
+            jobs.bring_in()
+            from iteris_sd import bringing
+
+            if not bringing.are_tokens(tokens):
+                raise UserError(
+                    f"Only files of learned tokens (.safetensors) can be added to {name}; choose “A new one” to keep "
+                    "another LoRA."
+                )
+            self._check_room(_bytes_of(tokens))
+            self._kept.add_tokens(name, tokens)
         if pictures:
             self._kept.set_references(name, pictures)
         return self._kept.edit(name, **words)
@@ -183,6 +260,16 @@ class Visit:
         for work in list(self._works):
             work.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _bytes_of(places: Iterable[Path]) -> int:
+    """How many bytes files have, and all files in folders; one that goes meanwhile has none."""
+    total = 0
+    for place in places:
+        for file in place.rglob("*") if place.is_dir() else [place]:
+            with suppress(OSError):
+                total += 0 if file.is_dir() else file.lstat().st_size
+    return total
 
 
 class Visits:

@@ -1,0 +1,79 @@
+"""PEFT's patterns: what they name is what Python's expressions would, and nobody's pattern takes long."""
+
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from iteris_sd import limits
+from iteris_sd.errors import UserError
+from iteris_sd.formats import patterns
+
+Q = "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("to_q", True),
+        ("o_q", False),  # a name begins behind a dot
+        ("attn1.to_q", True),
+        (r"attn1\.to_q", True),
+        (".*attn1.*", True),
+        ("attn[12].to_(q|v)", True),
+        (r"down_blocks\.\d\..*to_q", True),
+        (r"down_blocks\.\d+\..*?\.to_q$", True),
+        (f"^{Q}$", True),
+        ("^attn1.to_q", False),
+        ("up_blocks.*", False),
+        ("attn2.*|to_(?:q|k)", True),
+        ("attn1.to_q.", False),
+        ("[^.]+", True),
+        (r"\w+.to_q", True),
+        ("attn1?.to_q", True),
+        ("", False),
+    ],
+)
+def test_a_pattern_names_what_it_names_for_peft(pattern: str, named: bool) -> None:
+    assert (re.match(rf"(.*\.)?({pattern})$", Q) is not None) == named
+    assert (get_pattern_key([pattern], Q) == pattern) == named
+    assert patterns.read(pattern).names(Q) == named
+
+
+ATOM = st.sampled_from(["a", "b", "_", "1", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-b1]"])
+PIECE = st.tuples(ATOM, st.sampled_from(["", "*", "+", "?", "*?"])).map("".join)
+PATTERN = st.recursive(
+    st.lists(PIECE, min_size=1, max_size=4).map("".join),
+    lambda inner: st.tuples(inner, inner, inner).map(lambda p: f"{p[0]}({p[1]}|{p[2]})"),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.sampled_from(["", "^"]), PATTERN, st.sampled_from(["", "$"])).map("".join),
+    st.text("ab_1.", max_size=12),
+)
+def test_it_agrees_with_pythons_own_engine(pattern: str, path: str) -> None:
+    assert patterns.read(pattern).names(path) == (re.match(rf"(.*\.)?({pattern})$", path) is not None)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+", "(a|a)*b", "a{9}", r"(a)\1", "(?=a)", "(", ")", "[", "[]", "*", "a**", "[b-a]", "é\n"],
+)
+def test_what_is_not_understood_is_refused(pattern: str) -> None:
+    with pytest.raises(UserError, match="of which not all is understood; write the names"):
+        patterns.read(pattern)
+
+
+def test_no_pattern_is_long_or_takes_long() -> None:
+    with pytest.raises(UserError, match=f"at most {limits.MAX_PATTERN_CHARS} are read"):
+        patterns.read("a" * (limits.MAX_PATTERN_CHARS + 1))
+    start = time.perf_counter()
+    assert not patterns.read(".*a" * 80 + "b").names("a." * 120)
+    assert not patterns.read("(a|a|.)" * 32 + "b").names("a." * 120)
+    assert time.perf_counter() - start < 1.0

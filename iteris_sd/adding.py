@@ -106,7 +106,4 @@ class Fetched:
 
 def fetch(id: hub.LoraId) -> Generator[tuple[int, int], None, Fetched]:
     """Download a LoRA from the Hub; yield bytes done and bytes in all. Raises UserError when it cannot be had."""
-    listing, names = hub.lora_files(id)
-    folder = yield from hub.fetch(listing.repo, names, listing.revision)
-    first, *more = [folder / name for name in names]
-    return Fetched(first, tuple(path for path in more if path.suffix == ".safetensors"), listing.revision)
+    return Fetched(*(yield from hub.fetch_lora(id)))

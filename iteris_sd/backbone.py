@@ -12,11 +12,13 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch import Tensor, nn
 
 from iteris_sd import bases, memory, prompting, sd15, weights
@@ -274,11 +276,16 @@ def _dtype(base: bases.Base, device: torch.device) -> torch.dtype:
 
 def _folder(place: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     kind = weights.variant(place) or ""
-    safe = weights.safety_wanted() and weights.checked(place, kind)
-    without = {} if safe else {"safety_checker": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline.from_pretrained(
-        place, variant=kind or None, dtype=dtype, use_safetensors=True, local_files_only=True, **without
-    )
+    told = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    checker = weights.checker(place) if weights.safety_wanted() else None
+    part: dict[str, Any] = {}
+    if checker is None:
+        part = {"safety_checker": None, "requires_safety_checker": False}
+    elif checker != kind:  # diffusers takes halves beside plain weights for a mistake
+        own = place / "safety_checker"
+        loaded = StableDiffusionSafetyChecker.from_pretrained(own, variant=checker or None, **told)
+        part = {"safety_checker": loaded}
+    return StableDiffusionPipeline.from_pretrained(place, variant=kind or None, **told, **part)
 
 
 def _single_file(place: Path, dtype: torch.dtype) -> StableDiffusionPipeline:

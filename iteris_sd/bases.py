@@ -165,6 +165,11 @@ def find(name: str) -> Base:
     raise UserError(f"There is no base model {name!r}; choose one of {', '.join([*BASES, *ALLOWED])}.")
 
 
+def called(base: str) -> str:
+    """A base model's name in what is handed on; of one at a path its file's, since the path is nobody's matter."""
+    return Path(base).name if Path(base).is_absolute() else base
+
+
 def like(base: Base, *, name: str, title: str, source: str, download: str) -> Base:
     """Another model of the same family: its own weights, all else as `base` has it."""
     told = f"Of {base.title}'s family."

@@ -17,7 +17,6 @@ from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from iteris_sd import layers, limits
@@ -29,7 +28,7 @@ from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution, adaptive_weight, misses
 from iteris_sd.pausing import Pausable
 from iteris_sd.sharing import Shares, shares
-from iteris_sd.spilling import Frontier, bound
+from iteris_sd.spilling import Frontier
 
 __all__ = [
     "Change",
@@ -67,7 +66,8 @@ class LayerReport:
     Σλ‖XΔWₙᵀ‖². ``discrepancy``: ‖X̃ − X‖ / ‖X‖ (the paper's Fig. 3a). ``balance``: λₙ‖XₙΔWₙᵀ − X̃ₙΔWᵀ‖² of each
     participant (Fig. 3c). ``condition``: an estimate of the condition number of the system solved. ``change``:
     ‖ΔW − ΔW before‖ / ‖ΔW‖ in the last iteration. ``truncation``: ‖ΔW − ΔW_k‖ / ‖ΔW‖ where the method's own ΔW was cut
-    to a rank k. What was not measured is None, or empty.
+    to a rank k. Where a method looks at no merged model, and in a first solve, X̃ is taken to be X; with iterations it
+    is that of the ΔW before the last one. What was not measured is None, or empty.
     """
 
     name: str
@@ -125,7 +125,8 @@ def merge(
     in it; every layer that a LoRA touches must be there. ``samples`` may be None for data-free methods. A layer with
     one participant keeps its LoRA. Factors come back in the LoRAs' dtype, float32 at least.
 
-    Between two yields runs no more than one micro-batch's way from one layer to the next.
+    Between two yields runs no more than one micro-batch's way from one layer to the next. A sweep runs the model in
+    threads of its own, one at a time; ``torch.autocast`` is off while samples run, whatever the caller has set.
 
     Raises UserError when a LoRA fits no layer, a parameter is wrong, the samples miss a layer, or a system is
     singular or not finite (naming the layer). The model is left as it was, also then.
@@ -135,7 +136,7 @@ def merge(
     groups = len(loras) + (chosen.needs == "words")  # generic captions come after the concepts' own
     problem = _Problem(modules, shares(loras, chosen, settings), samples, groups, chosen.exact(settings))
     solve = _Solver(problem, chosen, settings)
-    outcomes, passes, frontier = problem.uncontested(), 0, Frontier(bound(problem.device))
+    outcomes, passes, frontier = problem.uncontested(), 0, Frontier()
     changes: list[Change] = []
     if chosen.needs == "none":
         outcomes |= {name: solve(name, None) for name in problem.contested}
@@ -183,7 +184,9 @@ def measuring(
     for k, group in enumerate(groups):
         progress = Progress(f"pass {k + 1} of {len(groups)}", k, len(groups))
         sites = yield from _gathered(problem, merged, progress, group)
-        reports |= {name: _measured(problem, name, site, merged[name]) for name, site in sites.items()}
+        for name, site in sites.items():
+            nothing = LowRank.nothing(problem.adapters(name)[0])
+            reports[name] = _measured(problem, name, site, merged.get(name, nothing))
     return tuple(reports.values())
 
 
@@ -253,12 +256,6 @@ class _Problem:
             )
         for n, lora in enumerate(self.loras):
             layers.check_fit(lora, self.modules, f"LoRA {n + 1}")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base layers are."""
-        found = (weight.device for module in self.modules.values() for weight in module.parameters())
-        return next(found, torch.device("cpu"))
 
     @property
     def loras(self) -> Sequence[LoRA]:
@@ -474,14 +471,15 @@ def _require_all(problem: _Problem, reached: Mapping[str, Any], wanted: frozense
 
 
 def _discrepancy(moments: Sequence[Moments]) -> float | None:
-    """‖X̃ − X‖ / ‖X‖ over all terms (the paper's Fig. 3a); None where the inputs are zero."""
+    """‖X̃ − X‖ / ‖X‖ over all terms (the paper's Fig. 3a); None where X̃ was not looked at, or the inputs are zero."""
     size = sum(float(m.own.trace()) for m in moments)
-    return (sum(m.apart for m in moments) / size) ** 0.5 if size > 0 else None
+    seen = not all(m.same for m in moments)
+    return (sum(m.apart for m in moments) / size) ** 0.5 if seen and size > 0 else None
 
 
 def _measured(problem: _Problem, name: str, site: Site, merged: LowRank) -> LayerReport:
     adapters, moments = problem.adapters(name), site.of(problem.participants[name])
-    weights = tuple(adaptive_weight(a, m.own) for a, m in zip(adapters, moments, strict=True))
+    weights = tuple(adaptive_weight(a, m) for a, m in zip(adapters, moments, strict=True))
     found = misses(adapters, moments, weights, merged)
     return LayerReport(
         name,

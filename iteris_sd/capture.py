@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from threading import local
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,7 @@ class Capture:
         self._merged, self._arrive, self._samples = merged, arrive, samples
         self._frontier, self._exact = frontier, exact
         self._here = local()  # each micro-batch may run in a thread of its own
+        self._placed: MutableMapping[LowRank, LowRank] = WeakKeyDictionary()  # adapters where their layer is
         # While layers are solved as their inputs arrive, a site lives as long as the tensors it is made of.
         self.sites: MutableMapping[str, Site] = {} if arrive is None else WeakValueDictionary()
 
@@ -155,6 +156,8 @@ class Capture:
         part = (batch.concept, batch.part)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            for kind in ("cpu", "cuda"):  # the caller's does not reach threads: no micro-batch has any
+                stack.enter_context(torch.autocast(kind, enabled=False))
             if self._frontier is not None:
                 self._here.muted = stack.enter_context(self._frontier.watched(batch)).muted
             unread = samples.feed([part] if self._merged is None else [part, part])
@@ -176,10 +179,19 @@ class Capture:
         batch: MicroBatch = self._here.batch
         x, size = args[0], batch.size
         self._meet(name, x, batch)
-        _add(module, output[:size], x[:size], self._own(batch).get(name))
+        self._add(module, output[:size], x[:size], self._own(batch).get(name))
         if self._merged is not None:
-            _add(module, output[size:], x[size:], self._merged.get(name))
+            self._add(module, output[size:], x[size:], self._merged.get(name))
         return output
+
+    def _add(self, layer: nn.Module, output: Tensor, x: Tensor, adapter: LowRank | None) -> None:
+        """Add what an adapter makes of ``x`` to some rows of a layer's output."""
+        if adapter is None:
+            return
+        placed = self._placed.get(adapter)
+        if placed is None:
+            placed = self._placed[adapter] = adapter.to(x.device, x.dtype)
+        output += layers.applied(layer, placed, x)
 
     def _meet(self, name: str, x: Tensor, batch: MicroBatch) -> None:
         """Inputs have come to a layer. What is made of them here outlives the micro-batch."""
@@ -240,9 +252,3 @@ def _thinned(x: Tensor, most: int | None) -> Tensor:
         return flat
     picks = torch.randperm(count, generator=torch.Generator().manual_seed(count))[:most].sort().values
     return flat[:, picks.to(x.device)]
-
-
-def _add(layer: nn.Module, output: Tensor, x: Tensor, adapter: LowRank | None) -> None:
-    """Add what an adapter makes of ``x`` to some rows of a layer's output."""
-    if adapter is not None:
-        output += layers.applied(layer, adapter, x)

@@ -155,7 +155,7 @@ def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) ->
     }
     return shown | {
         "made_by": _MADE_BY,
-        "base": _called(recipe.base),
+        "base": bases.called(recipe.base),
         "method": merged.method,
         "parameters": json.dumps(dict(merged.parameters)),
         "calibration": json.dumps(recipe.calibration.model_dump(mode="json")),
@@ -170,11 +170,6 @@ def picture_name(picture: Picture) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{scene}{_short(picture.method)}_seed{picture.seed}.png")
 
 
-def _called(base: str) -> str:
-    """A base model's name in what is handed on; of one at a path its file's, since the path is nobody's matter."""
-    return Path(base).name if Path(base).is_absolute() else base
-
-
 def _short(name: str) -> str:
     """A name as part of a file's: a long one cut, and told apart by a digest, since files' names have 255 bytes."""
     return name if len(name) <= 40 else f"{name[:24]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -186,7 +181,7 @@ def picture_png(picture: Picture, recipe: Recipe) -> bytes:
     Two text entries: `parameters`, worded as other picture tools do; `iteris_sd`, JSON with the recipe, the method,
     the seed, the prompt and the scores.
     """
-    told = {**recipe.model_dump(mode="json"), "base": _called(recipe.base)}
+    told = {**recipe.model_dump(mode="json"), "base": bases.called(recipe.base)}
     facts = {"made_by": _MADE_BY, "recipe": told, **_facts(picture)}
     entries = PngInfo()
     entries.add_text("parameters", _parameters(picture, recipe))
@@ -208,7 +203,7 @@ def scores(composition: Composition) -> dict[str, Any]:
     return {
         "scorer": composition.scorer,
         "encoders": scoring.encoders(composition.scorer, pictures),
-        "base": _called(composition.recipe.base),
+        "base": bases.called(composition.recipe.base),
         "seconds": dict(composition.seconds),
         "summary": [asdict(row) for row in scoring.summarise(pictures)],
         "paired": [asdict(row) for row in scoring.paired(pictures, scoring.BASELINE)],
@@ -282,7 +277,7 @@ def _parameters(picture: Picture, recipe: Recipe) -> str:
         "CFG scale": f"{recipe.guidance:g}",
         "Seed": picture.seed,
         "Size": "{}x{}".format(*picture.image.size),
-        "Model": _called(recipe.base),
+        "Model": bases.called(recipe.base),
         "Method": picture.method,
         "Concepts": " + ".join(f"{use.name} ({use.weight:g})" for use in recipe.concepts),
         "Version": _MADE_BY,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
+from iteris_sd import bases
 from iteris_sd.recipe import title
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def _note(composition: Composition) -> str:
     recipe = composition.recipe
     places = [f"{{{k}}} = {one.concept.trigger}" for k, one in enumerate(composition.concepts)]
     drawn = f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance:g}"
-    return f"{', '.join(places)}. {recipe.base}, {drawn}. Text and image alignment by {composition.scorer}."
+    model = bases.called(recipe.base)
+    return f"{', '.join(places)}. {model}, {drawn}. Text and image alignment by {composition.scorer}."
 
 
 def _cell(picture: Picture | None, width: int) -> Image.Image:

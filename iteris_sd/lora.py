@@ -100,8 +100,24 @@ class LowRank:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LowRank":
-        """The same adapter on another device or in another dtype."""
+        """The same adapter on another device or in another dtype.
+
+        Into float16 the factors come equally large: below 6e-5 it loses digits, and trained ups are often that small.
+        """
+        if dtype == torch.float16 != self.up.dtype:
+            self = self.balanced()
         return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype))
+
+    def balanced(self) -> "LowRank":
+        """The same ΔW with factors of one size in the root mean square; as it is where one of them is zero."""
+        sizes = [
+            float(factor.detach().float().square().mean().sqrt()) if factor.numel() else 0.0
+            for factor in (self.down, self.up)
+        ]
+        if not min(sizes) > 0:
+            return self
+        share = (sizes[1] / sizes[0]) ** 0.5
+        return LowRank(self.down * share, self.up / share)
 
     @staticmethod
     def concatenate(adapters: "Sequence[LowRank]") -> "LowRank":
@@ -118,6 +134,8 @@ def inner(a: LowRank, b: LowRank, M: Tensor | None = None) -> Tensor:
     With ``a is b`` and M = XᵀX this is ‖X ΔWᵀ‖²_F; without M it is the Frobenius inner product.
     """
     device = a.down.device if M is None else M.device
+    if device.type == "mps":  # it has no float64
+        device = torch.device("cpu")
     a, b = a.to(device, torch.float64), b.to(device, torch.float64)
     left = a.down if M is None else a.down @ M.double()
     return ((left @ b.down.T) * (a.up.T @ b.up)).sum()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +65,24 @@ def placed(pipeline: StableDiffusionPipeline, device: torch.device) -> Plan:
     return chosen
 
 
+@contextmanager
+def together(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+    """Within the block text encoder and U-Net are on the device at once, where parts of the model wait elsewhere.
+
+    A merge has samples waiting in both. Only the two do not drive each other out; another part still does.
+    """
+    parts = (pipeline.text_encoder, pipeline.unet)
+    hooks = [part._hf_hook for part in parts if hasattr(part, "_hf_hook")]
+    before = [hook.prev_module_hook for hook in hooks]
+    try:
+        for hook in hooks:
+            hook.prev_module_hook = None
+        yield
+    finally:
+        for hook, other in zip(hooks, before, strict=True):
+            hook.prev_module_hook = other
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory, of a device or of the machine, was not enough."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -80,6 +101,7 @@ def batches(device: torch.device) -> int:
 
 
 def tidy() -> None:
-    """Give back what a failed attempt held."""
+    """Give back what a failed attempt held, in frames that hold each other as well."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -142,7 +142,7 @@ def merge(
         doing = f"Merging by {title(method.name)}"
         return relayed(work, lambda step: Progress(f"{doing}: {step.stage}", step.step, step.steps))
 
-    return (yield from _within_memory(attempt, f"merging by {title(method.name)}"))
+    return (yield from _within_memory(backbone, attempt, f"merging by {title(method.name)}"))
 
 
 def collect(
@@ -180,18 +180,19 @@ def _sampled(
         work = samples.gather(backbone, one, lora, recipe, text_only=text_only, parts=parts)
         return relayed(work, lambda done: Progress(stage, done, total))
 
-    return (yield from _within_memory(attempt, f"sampling inputs of {one.concept.title}"))
+    return (yield from _within_memory(backbone, attempt, f"sampling inputs of {one.concept.title}"))
 
 
 def _within_memory(
-    attempt: Callable[[int], Generator[Progress, None, T]], doing: str
+    backbone: Backbone, attempt: Callable[[int], Generator[Progress, None, T]], doing: str
 ) -> Generator[Progress, None, T]:
     """Work in batches so many times smaller than usual, as memory needs it: 1, 2, 4 … times."""
     from iteris_sd import memory
 
     for parts in _SMALLER:
         try:
-            return (yield from attempt(parts))
+            with memory.together(backbone.pipeline):
+                return (yield from attempt(parts))
         except (RuntimeError, MemoryError) as error:
             if not memory.ran_out(error):
                 raise
@@ -217,7 +218,7 @@ def _measured(
         work = calibration.measuring(backbone.layers, loras, merged.lora, fed)
         return relayed(work, lambda step: Progress(f"{doing}: {step.stage}", step.step, step.steps))
 
-    reports = yield from _within_memory(attempt, f"measuring {title(merged.method)}")
+    reports = yield from _within_memory(backbone, attempt, f"measuring {title(merged.method)}")
     return diagnostics.with_measures(merged, reports)
 
 

@@ -34,7 +34,10 @@ class Pausable:
         self._back.acquire()
         if self._error is not None:
             error, self._error = self._error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # else this frame and the error hold each other, and all that the work held
 
     def pause(self) -> None:
         """Hand control back to ``resume`` until it is called again."""

@@ -13,8 +13,9 @@ from iteris_sd.merging import registry
 class Shares:
     """The layers of several LoRAs, shared out.
 
-    ``absent``: what a LoRA that does not touch a layer does there: "skip", it takes no part; "zero", it takes part with
-    ΔW = 0. ``targets``: the layers to be solved for, a key of ``lora.TARGETS``.
+    ``absent``: what a LoRA that does not touch a layer, or was not trained there and holds zeros, does there: "skip",
+    it takes no part; "zero", it takes part with ΔW = 0. ``targets``: the layers to be solved for, a key of
+    ``lora.TARGETS``.
     """
 
     loras: Sequence[LoRA]
@@ -28,7 +29,8 @@ class Shares:
         everyone = tuple(range(len(self.loras)))
         if self.absent == "zero":
             return dict.fromkeys(names, everyone)
-        return {name: tuple(n for n in everyone if name in self.loras[n]) for name in names}
+        holders = {name: tuple(n for n in everyone if name in self.loras[n]) for name in names}
+        return {name: tuple(n for n in who if self._changes(n, name)) or who for name, who in holders.items()}
 
     @cached_property
     def contested(self) -> frozenset[str]:
@@ -41,7 +43,16 @@ class Shares:
     def adapters(self, name: str) -> list[LowRank]:
         """The participants' adapters at a layer; of rank 0 where a LoRA does not touch it."""
         nothing = LowRank.nothing(next(lora[name] for lora in self.loras if name in lora))
-        return [self.loras[n].get(name, nothing) for n in self.participants[name]]
+        changed = any(self._changes(n, name) for n in self.participants[name])
+        return [
+            self.loras[n].get(name, nothing) if self._changes(n, name) or not changed else nothing
+            for n in self.participants[name]
+        ]
+
+    def _changes(self, n: int, name: str) -> bool:
+        """Whether LoRA n does anything at a layer."""
+        adapter = self.loras[n].get(name)
+        return adapter is not None and bool(adapter.up.any()) and bool(adapter.down.any())
 
 
 def shares(loras: Sequence[LoRA], method: registry.Method, settings: Mapping[str, Any]) -> Shares:

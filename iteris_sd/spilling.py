@@ -46,28 +46,27 @@ def bound(device: torch.device) -> int:
 class Frontier:
     """The memory that pieces of work hold.
 
-    ``peak``: the most bytes they held at any pause, those on disk included; ``spilled``: bytes written. ``bound``:
-    above so many bytes the piece that pauses is spilled. Work is watched one piece at a time, each in its own thread,
-    and told by any key.
+    ``peak``: the most bytes they held at any pause, those on disk included; ``spilled``: bytes written. ``most``: above
+    so many bytes the piece that pauses is spilled; as `bound` has it for the device unless given. Work is watched one
+    piece at a time, each in its own thread, and told by any key.
     """
 
-    def __init__(self, bound: int) -> None:
+    def __init__(self, most: int | None = None) -> None:
         self.peak, self.spilled = 0, 0
-        self._bound = bound
+        self._most = most
         self._made: dict[Hashable, _Made] = {}
         self._held: dict[Hashable, int] = {}  # bytes in memory of each piece that stands still
         self._away: dict[int, _Away] = {}
         self._file: IO[bytes] | None = None  # opened by the first spill: most work needs none
         self._end = 0
+        self._free: dict[int, list[int]] = {}  # places in the file that are not used any more, by their size
 
     @contextmanager
     def watched(self, key: Hashable) -> Iterator["_Watch"]:
         """Within the block, what this thread makes belongs to the piece ``key``."""
         with _Watch(self, self._made.setdefault(key, {})) as watch:
             yield watch
-        for address in self._made.pop(key, {}):
-            self._away.pop(address, None)
-        self._held.pop(key, None)
+        self._leave(key)
 
     def paused(self, key: Hashable) -> None:
         """The piece is about to stand still: count what all hold, and spill it if that is too much."""
@@ -75,7 +74,9 @@ class Frontier:
         self._held[key] = sum(storage.nbytes() for storage in storages)
         here = sum(self._held.values())
         self.peak = max(self.peak, here + sum(away.size for away in self._away.values()))
-        if here > self._bound:
+        if self._most is None:
+            self._most = bound(storages[0].device if storages else torch.device("cpu"))
+        if here > self._most:
             self._held[key] -= self._spill([s for s in storages if s.nbytes() >= SMALL and s.resizable()])
 
     def restore(self, tensors: Sequence[Any]) -> None:
@@ -88,18 +89,28 @@ class Frontier:
                     self._fill(storage, away)
 
     def close(self) -> None:
-        """Forget everything, and the file."""
-        self._made.clear()
-        self._held.clear()
-        self._away.clear()
+        """Forget everything, and the file; what outlives its work gets its memory back."""
+        for key in list(self._made):
+            self._leave(key)
         if self._file is not None:
             self._file.close()
+
+    def _leave(self, key: Hashable) -> None:
+        """Forget a piece of work that has ended."""
+        for storage in self._living(self._made[key]):
+            away = self._away.pop(storage._cdata, None)
+            if away is not None:
+                self._fill(storage, away)
+        del self._made[key]
+        self._held.pop(key, None)
 
     def _living(self, made: _Made) -> list[torch.UntypedStorage]:
         """A piece's memory that tensors still use; the rest is forgotten."""
         for address in [address for address, ref in made.items() if ref.expired()]:
             del made[address]
-            self._away.pop(address, None)
+            away = self._away.pop(address, None)
+            if away is not None:
+                self._free.setdefault(away.size, []).append(away.offset)
         return [torch.UntypedStorage._new_with_weak_ptr(address) for address in made]
 
     def _spill(self, storages: Sequence[torch.UntypedStorage]) -> int:
@@ -109,11 +120,13 @@ class Frontier:
             self._file = tempfile.TemporaryFile(prefix="iteris-")  # noqa: SIM115 - lives as long as this object
         for storage in storages:
             size = storage.nbytes()
-            self._file.seek(self._end)
+            unused = self._free.get(size)
+            offset = unused.pop() if unused else self._end
+            self._end = max(self._end, offset + size)
+            self._file.seek(offset)
             # A copy: memory that numpy has seen cannot be freed any more.
             self._file.write(_bytes(storage).to("cpu", copy=True).numpy().data)
-            self._away[storage._cdata] = _Away(self._end, size)
-            self._end += size
+            self._away[storage._cdata] = _Away(offset, size)
             self.spilled += size
             storage.resize_(0)
         return self.spilled - before
@@ -124,8 +137,7 @@ class Frontier:
         content = np.frombuffer(bytearray(self._file.read(away.size)), np.uint8)
         storage.resize_(away.size)
         _bytes(storage).copy_(torch.from_numpy(content))
-        if not self._away:
-            self._end = 0  # nothing lies in the file any more: begin anew
+        self._free.setdefault(away.size, []).append(away.offset)
 
 
 class _Watch(TorchDispatchMode):

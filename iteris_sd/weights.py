@@ -58,15 +58,6 @@ def checker(folder: Path) -> str | None:
     return None
 
 
-def checked(folder: Path, kind: str) -> bool:
-    """Whether a folder whose networks are of the variant `kind` has a safety checker to load with them.
-
-    diffusers takes plain files beside halves by itself, and refuses halves beside plain ones: better than none at all.
-    """
-    del kind
-    return checker(folder) is not None
-
-
 def safety_wanted() -> bool:
     """Whether pictures go through a model's safety checker: as ITERIS_SD_SAFETY says, else where strangers draw."""
     return os.environ.get("ITERIS_SD_SAFETY", "on" if serving.public() else "off") != "off"

@@ -2,11 +2,12 @@
 
 It proves which device every tensor is on, not how fast anything is, nor how a GPU rounds: what an operation is given
 must be on one device, and only moves, and indices, may cross. `installed` puts it in place of the GPU that torch looks
-for; work that runs in threads of our own is followed.
+for, in threads that begin meanwhile, too.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-
-from iteris_sd.pausing import Pausable
 
 DEVICE = torch.device("cuda", 0)
 _aten = torch.ops.aten
@@ -49,6 +48,15 @@ class OnGPU(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnGPU({self.host!r})"
+
+    @property
+    def data(self) -> OnGPU:
+        """The tensor without its history; what it is set to takes its place."""
+        return OnGPU(self.host.detach())
+
+    @data.setter
+    def data(self, other: OnGPU) -> None:
+        self.host = other.host
 
     @classmethod
     def __torch_function__(
@@ -144,9 +152,9 @@ class _Numbers(TorchFunctionMode):
 @contextmanager
 def installed(free: int = 80 * 1024**3) -> Iterator[None]:
     """Within the block torch finds one GPU, with so many bytes free."""
-    run = Pausable._run
+    run = threading.Thread.run
 
-    def followed(self: Pausable) -> None:
+    def followed(self: threading.Thread) -> None:
         with _Making(), _Numbers():
             run(self)
 
@@ -169,7 +177,7 @@ def installed(free: int = 80 * 1024**3) -> Iterator[None]:
         with ExitStack() as stack:
             for name, told in there.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, told))
-            stack.enter_context(mock.patch.object(Pausable, "_run", followed))
+            stack.enter_context(mock.patch.object(threading.Thread, "run", followed))
             stack.enter_context(_Making())
             stack.enter_context(_Numbers())
             yield

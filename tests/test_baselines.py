@@ -18,7 +18,7 @@ from iteris_sd.merging import METHODS, Parameter, sparsifying
 from iteris_sd.merging.decomposing import decompose
 from iteris_sd.merging.moments import Moments, Sums
 from iteris_sd.merging.solving import Solution
-from tests import dense
+from tests import dense, simulated_gpu
 from tests.toys import attention_stack, distance, problem, random_adapter
 
 EXACT = 1e-8
@@ -29,11 +29,12 @@ ENTRYWISE = [name for name in CUT if name != "svd"]
 
 @dataclass(frozen=True)
 class Case:
-    """What one layer's solve is given: adapters, inputs of the layer, parameters; and what turns its inputs."""
+    """What one layer's solve is given: adapters, inputs of the layer, in the merged model too, and parameters."""
 
     method: str
     adapters: list[LowRank]
     X: list[Tensor]
+    X_merged: list[Tensor]
     base: Tensor
     others: Tensor
     parameters: dict[str, Any]
@@ -46,6 +47,11 @@ class Case:
     def shape(self) -> tuple[int, int]:
         return self.adapters[0].shape
 
+    @property
+    def seen(self) -> Sequence[Tensor | None]:
+        """X̃ of every concept, where the method looks at it."""
+        return self.X_merged if METHODS[self.method].needs == "merged" else [None] * len(self.X)
+
     def solve(self, moments: Sequence[Moments] | None = None) -> Solution:
         method = METHODS[self.method]
         if method.needs == "none":
@@ -53,7 +59,8 @@ class Case:
         extra: dict[str, Any] = {"base": self.base} if method.needs_base else {}
         if method.needs == "words":
             extra["generic"] = Moments.of(self.others)
-        moments = moments or [Moments.of(x) for x in self.X]
+        pairs = zip(self.X, self.seen, strict=True)
+        moments = moments or [Moments.of(x, y) for x, y in pairs]
         return method.solve(self.adapters, moments, **extra, **self.parameters)
 
     def picked(self, concepts: Sequence[int]) -> "Case":
@@ -63,8 +70,8 @@ class Case:
             name: [value[n] for n in concepts] if scopes[name] == "concept" and value else value
             for name, value in self.parameters.items()
         }
-        adapters, X = [self.adapters[n] for n in concepts], [self.X[n] for n in concepts]
-        return replace(self, adapters=adapters, X=X, parameters=parameters)
+        chosen = {name: [getattr(self, name)[n] for n in concepts] for name in ("adapters", "X", "X_merged")}
+        return replace(self, **chosen, parameters=parameters)
 
 
 def case(method: str, ranks: Sequence[int], shape: tuple[int, int], seed: int, /, **parameters: Any) -> Case:
@@ -73,7 +80,8 @@ def case(method: str, ranks: Sequence[int], shape: tuple[int, int], seed: int, /
     X = [torch.randn(6, shape[1], generator=rng, dtype=torch.float64) for _ in ranks]
     base = torch.randn(*shape, generator=rng, dtype=torch.float64)
     others = torch.randn(3 * shape[1], shape[1], generator=rng, dtype=torch.float64)
-    return Case(method, adapters, X, base, others, parameters)
+    X_merged = [x + 0.5 * torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in X]
+    return Case(method, adapters, X, X_merged, base, others, parameters)
 
 
 # Ranges that keep a random problem regular; the others are the registry's.
@@ -311,22 +319,44 @@ def rotated(given: Case) -> Outcome:
     Q = torch.linalg.qr(torch.randn(width, width, generator=rng, dtype=torch.float64)).Q
     adapters = [LowRank(a.down @ Q, a.up) for a in given.adapters]
     other = replace(
-        given, adapters=adapters, X=[x @ Q for x in given.X], base=given.base @ Q, others=given.others @ Q
+        given,
+        adapters=adapters,
+        X=[x @ Q for x in given.X],
+        X_merged=[x @ Q for x in given.X_merged],
+        base=given.base @ Q,
+        others=given.others @ Q,
     )
     return other.solve().adapter.delta(), given.solve().adapter.delta() @ Q
 
 
 def in_batches(given: Case) -> Outcome:
     sums = [Sums() for _ in given.X]
-    for one, x in zip(sums, given.X, strict=True):
-        one.add(x[:2])
-        one.add(x[2:])
+    for one, x, y in zip(sums, given.X, given.seen, strict=True):
+        for part in (slice(2), slice(2, None)):
+            one.add(x[part], None if y is None else y[part])
     return given.solve([one.total() for one in sums]).adapter.delta(), given.solve().adapter.delta()
+
+
+def on_a_gpu(given: Case) -> Outcome:
+    """By a simulated one: what is given, and all that is made of it, is there."""
+    with simulated_gpu.installed():
+        other = replace(
+            given,
+            adapters=[adapter.to("cuda") for adapter in given.adapters],
+            X=[x.to("cuda") for x in given.X],
+            X_merged=[x.to("cuda") for x in given.X_merged],
+            base=given.base.to("cuda"),
+            others=given.others.to("cuda"),
+        )
+        found = other.solve().adapter
+        assert found.down.device.type == found.up.device.type == "cuda"
+        return found.delta().cpu(), given.solve().adapter.delta()
 
 
 CHANGES: dict[str, Callable[[Case], Outcome]] = {
     "order": reordered,
     "batches": in_batches,
+    "device": on_a_gpu,
     "duplicate": duplicated,
     "scaling": rescaled,
     "basis": rotated,

@@ -89,6 +89,20 @@ def test_ssr_is_rank_space_without_the_merged_model(ranks, seed, log_alpha) -> N
     assert distance(found.delta(), wanted.delta()) < EXACT
 
 
+@given(ranks, st.integers(0, 999))
+def test_ssr_decorrelates_what_the_loras_see_and_routes_it(ranks, seed) -> None:
+    """Z_n = X_n Dᵀ; R from Σ ‖Z_n E_n − Z_n Rᵀ‖², E_n keeping what concept n's own down makes of its inputs."""
+    layer = Layer(ranks, seed, out=16)
+    U = torch.cat([a.up for a in layer.adapters], dim=1)
+    D = torch.cat([a.down for a in layer.adapters])
+    owner = torch.cat([torch.full((a.rank,), n) for n, a in enumerate(layer.adapters)])
+    Z = [x @ D.T for x in layer.X]
+    routed = torch.cat([z * (owner == n) for n, z in enumerate(Z)])
+    R = torch.linalg.lstsq(torch.cat(Z), routed, driver="gelsd").solution.T
+    found = ssr.solve(layer.adapters, layer.moments, alpha=1e-13).adapter
+    assert distance(found.delta(), U @ R @ D) < 1e-6
+
+
 def test_rank_space_does_not_see_how_a_lora_is_factored_or_that_rows_repeat() -> None:
     layer = Layer((2, 3), 0)
     wanted = rank_space.solve(layer.adapters, layer.moments).adapter

@@ -42,6 +42,17 @@ def test_inner_products_from_the_factors(out: int, width: int, r: int, s: int, s
     torch.testing.assert_close(inner(a, b, M), (a.delta() @ M @ b.delta().T).trace())
 
 
+@pytest.mark.parametrize("small", [1.0, 1e-4, 1e-7])
+def test_small_factors_keep_their_digits_in_halves(small: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    down, up = torch.randn(4, 30, generator=rng), small * torch.randn(20, 4, generator=rng)
+    wanted, found = up @ down, LowRank(down, up).to(dtype=torch.float16)
+    assert found.up.dtype == found.down.dtype == torch.float16
+    made = found.to(dtype=torch.float32).delta()
+    assert float((made - wanted).norm() / wanted.norm()) < 1e-3
+    assert not LowRank(down, 0 * up).to(dtype=torch.float16).delta().any()
+
+
 def test_factors_must_fit() -> None:
     with pytest.raises(ValueError, match="expected"):
         LowRank(torch.zeros(2, 3), torch.zeros(4, 1))

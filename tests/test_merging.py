@@ -20,6 +20,7 @@ from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS, find, iteris, linear, regmean
 from iteris_sd.merging import moments as sums_of
 from iteris_sd.merging.moments import Moments
+from iteris_sd.merging.solving import adaptive_weight
 from tests.reference import algorithm_1, closed_form, layer_inputs
 from tests.toys import Batch, Toy, attention_stack, distance, problem, random_adapter, text_encoder, worst
 
@@ -211,20 +212,35 @@ def test_wide_moments_are_symmetric_and_whole(width: int) -> None:
     assert torch.equal(found.own.triu(200), found.own.T.triu(200))
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("blind", ["up", "samples"])
-def test_a_vanished_term_is_dropped_and_reported(blind: str) -> None:
-    rng = torch.Generator().manual_seed(3)
-    adapters = [random_adapter(5, 8, 2, rng) for _ in range(2)]
-    X = [torch.randn(9, 8, generator=rng, dtype=torch.float64) for _ in range(2)]
+@given(seed=st.integers(0, 999))
+@settings(max_examples=20, deadline=None)
+def test_a_vanished_term_is_dropped_and_reported(blind: str, exact: bool, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    adapters = [random_adapter(5, 64, 2, rng) for _ in range(2)]
+    X = [torch.randn(500, 64, generator=rng, dtype=torch.float64) for _ in range(2)]
     if blind == "up":
         adapters[0] = adapters[0].scaled(0.0)
     else:  # project the samples off the rows of down, so that X ΔWᵀ is mere rounding
         Q = torch.linalg.qr(adapters[0].down.T).Q
         X[0] = X[0] - X[0] @ Q @ Q.T
-    found = iteris.solve(adapters, [Moments.of(x) for x in X])
+    moments = [Moments.of(x if exact else x.float(), exact=exact) for x in X]
+    found = iteris.solve(adapters, moments)
     assert "vanishes" in found.dropped[0]
     assert found.weights[0] == 0.0
     assert distance(found.adapter.delta(), adapters[1].delta()) < EXACT
+
+
+@given(rank=st.integers(1, 64), width=st.sampled_from([64, 768]), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_a_term_that_is_small_and_there_is_kept(rank: int, width: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    adapter = random_adapter(48, width, rank, rng).to(dtype=torch.float32).scaled(1e-6)
+    X = torch.randn(60, width, generator=rng) * torch.logspace(0, -2, width)  # as unequal as inputs are
+    wanted = float((X.double() @ adapter.to(dtype=torch.float64).delta().T).square().sum())
+    norm = float(adapter.to(dtype=torch.float64).delta().square().sum())
+    assert adaptive_weight(adapter, Moments.of(X, exact=False)) == pytest.approx(norm / wanted, rel=1e-3)
 
 
 def test_nothing_left_gives_zero() -> None:
@@ -336,13 +352,54 @@ def test_loras_that_touch_different_layers(toy: Toy, iterations: int | None) -> 
     assert found.lora[first] is loras[0][first]
 
 
-def test_a_vanished_layer_is_reported_and_the_rest_is_merged(toy: Toy) -> None:
+@pytest.mark.parametrize("absent", ["skip", "zero"])
+def test_zeros_that_are_stored_are_as_a_layer_that_is_not_there(toy: Toy, absent: str) -> None:
     loras, batches = problem(toy, (2, 3))
     blank = next(iter(loras[0]))
-    loras[0] = LoRA({n: a.scaled(0.0) if n == blank else a for n, a in loras[0].items()})
+    stored = LoRA({n: a.scaled(0.0) if n == blank else a for n, a in loras[0].items()})
+    missing = LoRA({n: a for n, a in loras[0].items() if n != blank})
+    found, wanted = (
+        run(toy, [one, loras[1]], batches, absent=absent, alpha=1e-3) for one in (stored, missing)
+    )
+    assert worst(found.lora, wanted.lora) < EXACT
+    assert {r.name: r.participants for r in found.reports} == {r.name: r.participants for r in wanted.reports}
+
+
+def test_where_all_are_zero_the_layer_stays_and_is_reported(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    blank = next(iter(loras[0]))
+    loras = [LoRA({n: a.scaled(0.0) if n == blank else a for n, a in lora.items()}) for lora in loras]
     found = run(toy, loras, batches)
     assert [r.name for r in found.reports if r.dropped] == [blank]
     assert all(bool(a.delta().isfinite().all()) for a in found.lora.values())
+
+
+@pytest.mark.parametrize("method", ["regmean", "ssr", "iteris"])
+def test_a_discrepancy_is_told_only_where_the_merged_model_was_looked_at(toy: Toy, method: str) -> None:
+    loras, batches = problem(toy, (2, 3))
+    reports = finish(merge(toy.modules, loras, toy.samples(batches), method)).reports
+    found = [report.discrepancy for report in reports if report.method == method]
+    assert len(found) > 3 and all((one is not None) == (method == "iteris") for one in found)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"iterations": 2}])
+def test_a_callers_autocast_changes_nothing(toy: Toy, parameters: dict) -> None:
+    loras, batches = problem(toy, (2, 3))
+    loras = [lora.to(dtype=torch.float32) for lora in loras]
+    wanted = run(toy, loras, batches, alpha=1e-2, **parameters)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(toy, loras, batches, alpha=1e-2, **parameters)
+    assert worst(found.lora, wanted.lora) == 0.0
+
+
+def test_a_layer_that_a_merge_leaves_out_is_measured_as_zero(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    made = run(toy, loras, batches).lora
+    left = next(iter(made))
+    reports = measure(
+        toy.modules, loras, LoRA({n: a for n, a in made.items() if n != left}), toy.samples(batches)
+    )
+    assert {report.name: report.residual for report in reports}[left] == pytest.approx(1.0)
 
 
 def test_layers_fed_by_the_same_tensor_share_their_moments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,6 +621,7 @@ def test_samples_must_reach_every_contested_layer_with_all_rows(toy: Toy) -> Non
         ({"coefficients": [0, 0]}, "must not all be zero"),
         ({"coefficients": [1, -1]}, "coefficients must lie between 0"),
         ({"coefficients": [1, 1, 1]}, "one number per concept, 2, not 3"),
+        ({"tolerance": 0.1}, "a sweep has none; give a number of iterations"),
         ({"lambda": 1}, "IterIS has no parameter 'lambda'"),
     ],
 )

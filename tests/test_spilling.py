@@ -1,5 +1,8 @@
 """What paused work holds is counted, and lies on disk above a bound, with nothing changed."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from tests.toys import problem, worst
 
 
 def test_a_piece_of_work_is_spilled_while_it_stands_and_goes_on_as_if_nothing_were() -> None:
-    frontier, found = Frontier(bound=0), list[tuple[Tensor, Tensor, Tensor]]()
+    frontier, found = Frontier(0), list[tuple[Tensor, Tensor, Tensor]]()
     weight = torch.ones(300, 300)
 
     def work() -> None:
@@ -37,7 +40,7 @@ def test_a_piece_of_work_is_spilled_while_it_stands_and_goes_on_as_if_nothing_we
 
 
 def test_what_is_dead_or_muted_is_not_counted() -> None:
-    frontier = Frontier(bound=10**9)
+    frontier = Frontier(10**9)
     with frontier.watched("one") as watch:
         kept = torch.ones(50_000)
         kept + 1
@@ -47,6 +50,61 @@ def test_what_is_dead_or_muted_is_not_counted() -> None:
     assert frontier.peak == kept.untyped_storage().nbytes() == 200_000
     assert elsewhere.sum() == 70_000 and frontier.spilled == 0
     frontier.close()
+
+
+def test_the_file_has_room_for_what_lies_in_it_and_what_outlives_its_work_gets_its_memory_back() -> None:
+    frontier, kept = Frontier(0), list[Tensor]()
+
+    def work() -> None:
+        with frontier.watched("one"):
+            kept.append(torch.arange(50_000.0))
+            for _ in range(5):
+                passing = torch.ones(50_000)
+                frontier.paused("one")
+                piece.pause()
+                assert float(passing.sum()) == 50_000
+
+    piece = Pausable(work)
+    for _ in range(5):
+        piece.resume()
+    assert frontier.spilled == 6 * 200_000 and frontier._end == 2 * 200_000
+    assert kept[0].untyped_storage().nbytes() == 0
+    piece.resume()
+    assert piece.done and kept[0].sum() == torch.arange(50_000.0).sum()
+
+
+def test_work_given_up_half_way_leaves_whole_what_outlives_it() -> None:
+    frontier, kept = Frontier(0), list[Tensor]()
+
+    def work() -> None:
+        with frontier.watched("one"):
+            kept.append(torch.arange(50_000.0))
+            frontier.paused("one")
+            piece.pause()
+
+    piece = Pausable(work)
+    piece.resume()
+    assert kept[0].untyped_storage().nbytes() == 0
+    piece.close()
+    frontier.close()
+    assert kept[0].sum() == torch.arange(50_000.0).sum()
+
+
+def test_an_error_does_not_hold_what_the_work_held() -> None:
+    gone = []
+
+    def work() -> None:
+        tensor = torch.ones(3)
+        gone.append(weakref.ref(tensor))
+        raise MemoryError
+
+    gc.disable()  # what only its collector frees is held
+    try:
+        with pytest.raises(MemoryError):
+            Pausable(work).resume()
+        assert gone[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", MODELS)

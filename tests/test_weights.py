@@ -280,7 +280,6 @@ def test_a_checker_may_be_of_another_variant(
 ) -> None:
     place = snapshot(cache, NEW, "abc", names)
     assert weights.checker(place) == expected
-    assert weights.checked(place, "") == (expected is not None)
 
 
 def test_a_model_at_a_path_without_a_checker_is_told_of_and_refused_to_strangers(

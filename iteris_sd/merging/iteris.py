@@ -90,9 +90,7 @@ def weigh(
     for n, (adapter, m, coefficient) in enumerate(zip(adapters, moments, coefficients, strict=True)):
         weight = 1.0
         if weights == "adaptive":
-            weight = (
-                adaptive_weight(adapter, m.own, base) if adapter.rank else _absent_weight(adapters, m, base)
-            )
+            weight = adaptive_weight(adapter, m, base) if adapter.rank else _absent_weight(adapters, m, base)
         if not coefficient:
             dropped[n] = "its coefficient is 0"
         elif not weight:

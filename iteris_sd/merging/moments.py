@@ -13,7 +13,7 @@ above the rounding of float32 (``registry.Method.exact``): with α at 1e-7 the r
 its regularisation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,22 @@ ROWS = 4096  # added up in float32 before they go into float64; rounding grows w
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """XᵀX, X̃ᵀX and X̃ᵀX̃ over ``count`` input rows, and ``apart`` = ‖X̃ − X‖²_F."""
+    """XᵀX, X̃ᵀX and X̃ᵀX̃ over ``count`` input rows, and ``apart`` = ‖X̃ − X‖²_F.
+
+    ``rounding``: the machine epsilon of what the products were made in.
+    """
 
     own: Tensor
     cross: Tensor
     merged: Tensor
     count: int
     apart: float = 0.0
+    rounding: float = torch.finfo(torch.float64).eps
+
+    @property
+    def same(self) -> bool:
+        """Whether X̃ was taken to be X."""
+        return self.merged is self.own
 
     @staticmethod
     def of(X: Tensor, X_merged: Tensor | None = None, *, exact: bool = True) -> "Moments":
@@ -45,13 +54,13 @@ class Moments:
 
     def mixed(self, share: float) -> "Moments":
         """The moments with X̃ replaced by (1−ρ)X̃ + ρX, ρ = ``share`` (the authors' code, ``reg_ceof``)."""
-        if not share or self.merged is self.own:
+        if not share or self.same:
             return self
         rest = 1.0 - share
         both = rest * share * (self.cross + self.cross.T)
         merged = rest**2 * self.merged + both + share**2 * self.own
         cross = rest * self.cross + share * self.own
-        return Moments(self.own, cross, merged, self.count, rest**2 * self.apart)
+        return replace(self, cross=cross, merged=merged, apart=rest**2 * self.apart)
 
 
 class Sums:
@@ -72,6 +81,7 @@ class Sums:
     def add(self, X: Tensor, X_merged: Tensor | None = None) -> None:
         """Add the inputs X and X̃, each (…, in) and paired row by row; X̃ = X unless given, and then always so."""
         X = _rows(X, self._exact)
+        self._rounding = torch.finfo(X.dtype).eps
         if not self._rough:
             shape = (X.shape[1], X.shape[1])
             self._rough = [X.new_zeros(shape) for _ in range(1 if X_merged is None else 3)]
@@ -103,7 +113,7 @@ class Sums:
         for symmetric in self._sums[::2]:
             _mirror(symmetric)
         own, cross, merged = self._sums if len(self._sums) == 3 else self._sums * 3
-        return Moments(own, cross, merged, self._count, float(self._apart))
+        return Moments(own, cross, merged, self._count, float(self._apart), self._rounding)
 
 
 def _add_gram(G: Tensor, X: Tensor) -> None:

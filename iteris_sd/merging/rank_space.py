@@ -56,6 +56,5 @@ def _rows(adapters: Sequence[LowRank]) -> Tensor:
 def _seen(m: Moments, Q: Tensor) -> Moments:
     """The moments of X Qᵀ and X̃ Qᵀ."""
     own = Q @ m.own @ Q.T
-    if m.merged is m.own:
-        return Moments(own, own, own, m.count)
-    return Moments(own, Q @ m.cross @ Q.T, Q @ m.merged @ Q.T, m.count)
+    cross, merged = (own, own) if m.same else (Q @ m.cross @ Q.T, Q @ m.merged @ Q.T)
+    return Moments(own, cross, merged, m.count, rounding=m.rounding)

@@ -91,9 +91,9 @@ class Method:
     ``invariances`` are the changes of what is given that leave ΔW as it is, whatever the parameters (numbers per
     concept go with their concept):
 
-    ``order`` the concepts come in another order; ``batches`` the samples come in several batches; ``duplicate``
-    every concept is given twice; ``scaling`` ups grow by c > 0 and downs shrink by it; ``basis`` the inputs of the
-    layer are rotated, X → XQ and ΔW_n → ΔW_n Q, and ΔW rotates with them.
+    ``order`` the concepts come in another order; ``batches`` the samples come in several batches; ``device`` all of it
+    is on another device; ``duplicate`` every concept is given twice; ``scaling`` ups grow by c > 0 and downs shrink by
+    it; ``basis`` the inputs of the layer are rotated, X → XQ and ΔW_n → ΔW_n Q, and ΔW rotates with them.
     """
 
     name: str
@@ -116,7 +116,13 @@ class Method:
         """Every parameter of the method, defaults filled in. Raises UserError for bad names or values."""
         for name in parameters:
             self.parameter(name)
-        return {p.name: p.validate(parameters.get(p.name, p.default)) for p in self.parameters}
+        settings = {p.name: p.validate(parameters.get(p.name, p.default)) for p in self.parameters}
+        if settings.get("tolerance") and settings["iterations"] is None:
+            raise UserError(
+                "tolerance ends iterations early, and a sweep has none; give a number of iterations as well, or no "
+                "tolerance."
+            )
+        return settings
 
     def parameter(self, name: str) -> Parameter:
         """The parameter called ``name``. Raises UserError when there is none."""
@@ -138,7 +144,7 @@ class Method:
         return {p.name: parameters[p.name] for p in self.parameters if p.scope == scope}
 
 
-INVARIANCES = frozenset({"order", "batches", "duplicate", "scaling", "basis"})
+INVARIANCES = frozenset({"order", "batches", "device", "duplicate", "scaling", "basis"})
 # Entry by entry: no rotation; and the rank they are cut to grows with the number of concepts.
 _ENTRYWISE = INVARIANCES - {"duplicate", "basis"}
 
@@ -468,7 +474,7 @@ _METHODS = (
                 name="slack",
                 type="float",
                 default=1e-4,
-                low=0.0,
+                low=1e-8,
                 high=1.0,
                 help="How much leaving other captions as they are counts against the concepts' own words.",
             ),

@@ -21,6 +21,8 @@ from iteris_sd.errors import UserError
 from iteris_sd.lora import LowRank, inner, working_dtype
 from iteris_sd.merging.moments import Moments
 
+_ROUNDINGS = 8  # a sum of products in blocks is off by a few roundings of its size
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -98,20 +100,27 @@ def _cholesky(A: Tensor) -> Tensor:
     return L
 
 
-def adaptive_weight(adapter: LowRank, own: Tensor, base: Tensor | None = None) -> float:
-    """λ = ‖W‖²_F / ‖X Wᵀ‖²_F (eq. 8), from own = XᵀX (in, in); 0 where ΔW or X ΔWᵀ vanishes to rounding.
+def adaptive_weight(adapter: LowRank, m: Moments, base: Tensor | None = None) -> float:
+    """λ = ‖W‖²_F / ‖X Wᵀ‖²_F (eq. 8); 0 where W is ΔW and ΔW or X ΔWᵀ vanishes to rounding.
 
     W is ΔW, or ``base`` + ΔW where the base weight (out, in) is given.
     """
-    size = adapter.down.double().square().sum().item() * adapter.up.double().square().sum().item()
-    eps = torch.finfo(torch.float64).eps * len(own)
-    norm, energy = inner(adapter, adapter).item(), inner(adapter, adapter, own).item()
-    if norm <= eps * size or energy <= eps * size * own.norm().item():
-        return 0.0
-    if base is None:
-        return norm / energy
-    W = base.to(own) + adapter.to(own.device, own.dtype).delta()
-    return float(W.square().sum() / ((W @ own) * W).sum())
+    if base is not None:
+        W = base.to(m.own) + adapter.to(m.own.device, m.own.dtype).delta()
+        return float(W.square().sum() / ((W @ m.own) * W).sum())
+    norm, energy = inner(adapter, adapter).item(), inner(adapter, adapter, m.own).item()
+    # An error E of XᵀX changes the energy by ⟨ΔWᵀΔW, E⟩, thus by ‖ΔWᵀΔW‖ ‖E‖ at most.
+    noise = _ROUNDINGS * m.rounding * m.own.norm().item() * _gram_norm(adapter)
+    return (
+        0.0 if norm <= 0 or energy <= noise else norm / energy
+    )  # what is no number stays none, and is refused
+
+
+def _gram_norm(adapter: LowRank) -> float:
+    """‖ΔWᵀΔW‖_F from the factors."""
+    up, down = (factor.detach().cpu().double() for factor in (adapter.up, adapter.down))
+    both = (up.T @ up) @ (down @ down.T)
+    return max(0.0, (both * both.T).sum().item()) ** 0.5
 
 
 @dataclass(frozen=True)

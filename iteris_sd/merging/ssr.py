@@ -19,5 +19,5 @@ from iteris_sd.merging.solving import Solution
 
 def solve(adapters: Sequence[LowRank], moments: Sequence[Moments], *, alpha: float = 1e-4) -> Solution:
     """Merge the adapters of one layer by SSR-Merge; exact, rank Σ r_n. Raises UserError as IterIS does."""
-    own = [Moments(m.own, m.own, m.own, m.count) for m in moments]
+    own = [Moments(m.own, m.own, m.own, m.count, rounding=m.rounding) for m in moments]
     return rank_space.solve(adapters, own, alpha=alpha, weights="uniform")

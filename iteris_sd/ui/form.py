@@ -144,7 +144,7 @@ def told_of_base(base: Base) -> str:
     if base.family != "storybook":
         if device and "processor" in device:
             told.append("Without a GPU a picture takes minutes.")
-        told.append(f"Safety checker: {'on' if weights.safety_wanted() else 'off'}.")
+        told.append(f"Safety checker: {weights.safety(base)}.")
     return f"<p>{' '.join(told)}</p>"
 
 

@@ -21,9 +21,9 @@ from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch import Tensor, nn
 
-from iteris_sd import bases, memory, prompting, sd15, weights
+from iteris_sd import bases, compiling, memory, prompting, sd15, weights
 from iteris_sd.errors import UserError
-from iteris_sd.layers import applied, check_fit
+from iteris_sd.layers import added, check_fit
 from iteris_sd.lora import LoRA, LowRank
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,6 +54,13 @@ class Backbone:
                 if isinstance(module, nn.Linear | nn.Conv2d)
             }
         )
+        stays = not hasattr(self.unet, "_hf_hook")  # what waits elsewhere cannot be compiled
+        self._compiled = compiling.Compiled(self.unet, self.layers) if compiling.wanted() and stays else None
+
+    def predict(self, latents: Tensor, time: Tensor, states: Tensor) -> Tensor:
+        """The U-Net's prediction (n, c, h, w) for drawing, compiled where that is wanted."""
+        unet = self._compiled or self.unet
+        return unet(latents, time, states).sample
 
     @property
     def device(self) -> torch.device:
@@ -135,14 +142,13 @@ class Backbone:
     def _adapted(self, lora: LoRA) -> Iterator[None]:
         check_fit(lora, self.layers, "This LoRA")
         placed = lora.to(self.device, self.dtype)
-        handles = [
-            self.layers[name].register_forward_hook(_adding(adapter)) for name, adapter in placed.items()
-        ]
-        try:
+        with ExitStack() as stack:
+            if self._compiled is not None:
+                stack.enter_context(self._compiled.filled([placed]))
+                placed = placed.parts().get("text_encoder", LoRA({}))
+            for name, adapter in placed.items():
+                stack.callback(self.layers[name].register_forward_hook(_adding([adapter], 0)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def adapted_rows(self, loras: Sequence[LoRA | None], rows: int) -> Iterator[None]:
@@ -154,15 +160,14 @@ class Backbone:
             check_fit(lora or LoRA({}), self.layers, "This LoRA")
         placed = [(lora or LoRA({})).to(self.device, self.dtype) for lora in loras]
         touched = {name: None for lora in placed for name in lora if name.startswith("unet.")}
-        handles = [
-            self.layers[name].register_forward_hook(_adding_rows([lora.get(name) for lora in placed], rows))
-            for name in touched
-        ]
-        try:
+        with ExitStack() as stack:
+            if self._compiled is not None:
+                stack.enter_context(self._compiled.filled(placed, rows))
+                touched = {}
+            for name in touched:
+                adapters = [lora.get(name) for lora in placed]
+                stack.callback(self.layers[name].register_forward_hook(_adding(adapters, rows)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _knowing(self, tokens: Mapping[str, Tensor]) -> Iterator[None]:
@@ -200,21 +205,9 @@ class Backbone:
             self.tokenizer = self.pipeline.tokenizer = tokenizer
 
 
-def _adding(adapter: LowRank):  # type: ignore[no-untyped-def]  # a torch hook
+def _adding(adapters: Sequence[LowRank | None], rows: int):  # type: ignore[no-untyped-def]  # a torch hook
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + applied(module, adapter, args[0])
-
-    return hook
-
-
-def _adding_rows(adapters: Sequence[LowRank | None], rows: int):  # type: ignore[no-untyped-def]  # a torch hook
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        parts, sums = (t.unflatten(0, (-1, len(adapters), rows)) for t in (args[0], output))
-        for k, adapter in enumerate(adapters):
-            if adapter is not None:
-                change = applied(module, adapter, parts[:, k].flatten(0, 1))
-                sums[:, k] += change.unflatten(0, (-1, rows))
-        return output
+        return added(module, args[0], output, adapters, rows)
 
     return hook
 

@@ -8,7 +8,7 @@
 A convolution is the linear layer of its unfolded inputs, so every method of merging serves it as it is.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +40,21 @@ def applied(layer: nn.Module, adapter: LowRank, x: Tensor) -> Tensor:
     down = adapter.down.unflatten(1, (layer.in_channels, *layer.kernel_size))
     inner = F.conv2d(x, down, None, layer.stride, _padding(layer), layer.dilation)
     return F.conv2d(inner, adapter.up[:, :, None, None])
+
+
+def added(
+    layer: nn.Module, x: Tensor, output: Tensor, adapters: Sequence[LowRank | None], rows: int
+) -> Tensor:
+    """A layer's output with what adapters add: one to all rows, or several in turn to blocks of `rows` rows."""
+    if len(adapters) == 1 and adapters[0] is not None:
+        return output + applied(layer, adapters[0], x)
+    if len(adapters) < 2:
+        return output
+    parts, sums = (t.unflatten(0, (-1, len(adapters), rows)) for t in (x, output))
+    for k, adapter in enumerate(adapters):
+        if adapter is not None:
+            sums[:, k] += applied(layer, adapter, parts[:, k].flatten(0, 1)).unflatten(0, (-1, rows))
+    return output
 
 
 def weight(layer: nn.Module) -> Tensor:

@@ -103,8 +103,8 @@ def guided(backbone: Backbone, latents: Tensor, time: Tensor, states: Tensor, gu
     latents (n, c, h, w); states (2n, tokens, width), those of the negative prompt first, or (n, …) with guidance 1.
     """
     if guidance == 1.0:
-        return backbone.unet(latents, time, states).sample
-    apart, along = backbone.unet(torch.cat([latents, latents]), time, states).sample.chunk(2)
+        return backbone.predict(latents, time, states)
+    apart, along = backbone.predict(torch.cat([latents, latents]), time, states).chunk(2)
     return apart + guidance * (along - apart)
 
 

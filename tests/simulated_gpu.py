@@ -49,7 +49,7 @@ class OnGPU(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnGPU({self.host!r})"
 
-    @property
+    @property  # type: ignore[override]
     def data(self) -> OnGPU:
         """The tensor without its history; what it is set to takes its place."""
         return OnGPU(self.host.detach())
@@ -73,7 +73,7 @@ class OnGPU(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operation."""

@@ -70,8 +70,13 @@ class Case:
             name: [value[n] for n in concepts] if scopes[name] == "concept" and value else value
             for name, value in self.parameters.items()
         }
-        chosen = {name: [getattr(self, name)[n] for n in concepts] for name in ("adapters", "X", "X_merged")}
-        return replace(self, **chosen, parameters=parameters)
+        return replace(
+            self,
+            adapters=[self.adapters[n] for n in concepts],
+            X=[self.X[n] for n in concepts],
+            X_merged=[self.X_merged[n] for n in concepts],
+            parameters=parameters,
+        )
 
 
 def case(method: str, ranks: Sequence[int], shape: tuple[int, int], seed: int, /, **parameters: Any) -> Case:

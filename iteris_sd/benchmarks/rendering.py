@@ -131,7 +131,7 @@ def _unet_alone(backbone: Backbone, job: Job, sizes: Sequence[int]) -> None:
         latents = torch.zeros(2 * size, *backbone.latent_shape(job.size))
         latents = latents.to(backbone.device, backbone.dtype)
         for _ in range(job.steps):
-            backbone.unet(latents, time, state.expand(2 * size, -1, -1))
+            backbone.predict(latents, time, state.expand(2 * size, -1, -1))
 
 
 def described(result: Result) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: the ways compared agree, and memory is counted. No time is asserted."""
 
 import json
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +33,7 @@ def test_the_shapes_are_stable_diffusions() -> None:
 
 
 def test_all_ways_lead_to_the_same_merge() -> None:
-    result = merging.run(TINY, alpha=1e-3, sweeps=2, memory=False)
+    result = merging.run(TINY, alpha=1e-3, sweeps=2, peaks=False)
     assert result.iterations == 5 and len(result.authors_solves) == 6 and len(result.sweep) == 2
     assert set(result.differences) == {"sweep", "iterations=20"}
     assert max(result.differences.values()) < 1e-4
@@ -45,8 +46,38 @@ def test_all_ways_lead_to_the_same_merge() -> None:
     assert json.loads(json.dumps(merging.described(result)))["size"]["width"] == 32
 
 
+def short_of_memory(*_: object) -> Generator[dict]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+    yield {}
+
+
+def test_where_the_authors_way_does_not_fit_ours_is_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(authors, "solves", short_of_memory)
+    small = replace(TINY, scope="everything", samples=2, latents=16)
+    monkeypatch.setattr(
+        sd15, "UNET", {**UNET, "block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32}
+    )
+    result = merging.run(small, sweeps=2, peaks=False)
+    assert len(result.sweep) == 2 and result.authors_seconds(20) is None
+    told = dict(merging.lines(result))
+    assert told["authors' way, 20 iterations"] == "did not fit into memory"
+    assert float(told["each step of the samples' trajectories, apart"].split()[0]) >= 0
+    assert not any("authors" in name for name in dict(merging.ratios(result)))
+
+
+def want_of_memory(_: None) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_want_of_memory_in_the_measured_process_is_told() -> None:
+    with pytest.raises(MemoryError):
+        measuring.peak_bytes(nothing, want_of_memory)
+
+
 def test_time_is_extrapolated_only_where_it_is_said() -> None:
-    result = merging.run(TINY, sweeps=1, memory=False)
+    result = merging.run(TINY, sweeps=1, peaks=False)
     short = replace(result, authors_solves=(1.0, 2.0), extrapolated=True)
     assert short.authors_seconds(20) == 1.0 + 20 * 2.0
     assert "later ones taken to be like the last" in dict(merging.lines(short))["authors' way, 20 iterations"]

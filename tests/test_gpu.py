@@ -281,7 +281,7 @@ def test_moments_are_the_same_in_wide_blocks(parameters: dict) -> None:
 
 
 def test_the_benchmarks_run_there(gpu: None) -> None:
-    result = merging.run(replace(TINY, device="cuda"), alpha=1e-3, sweeps=1, memory=False)
+    result = merging.run(replace(TINY, device="cuda"), alpha=1e-3, sweeps=1, peaks=False)
     assert max(result.differences.values()) < 1e-4 and result.machine == "a simulated GPU"
     job = benchmark.Job(methods=2, seeds=1, steps=1, size=64, rank=2, device="cuda")
     drawn = benchmark.run(job, partial(sd15.random_pipeline, **THIN))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from iteris_sd import memory
 from iteris_sd.errors import UserError
 
 
@@ -61,7 +62,7 @@ def peak_bytes(prepare: Callable[[], Any], work: Callable[[Any], Any]) -> int:
     """Peak memory of ``work(prepare())`` above what was resident after ``prepare``, in a process of its own.
 
     On a GPU the GPU's memory, else the process's. Both must be functions of a module. Raises UserError where the
-    system does not tell.
+    system does not tell, and MemoryError where there is less than it takes.
     """
     _check_measurable()
     context = multiprocessing.get_context("spawn")
@@ -70,11 +71,13 @@ def peak_bytes(prepare: Callable[[], Any], work: Callable[[Any], Any]) -> int:
     child.start()
     send.close()
     try:
-        found: int = receive.recv()
+        found: int | None = receive.recv()
     except EOFError:
         child.join()
         raise RuntimeError(f"the measured process ended with code {child.exitcode}") from None
     child.join()
+    if found is None:
+        raise MemoryError
     return found
 
 
@@ -89,7 +92,13 @@ def _check_measurable() -> None:
 def _measured(prepare: Callable[[], Any], work: Callable[[Any], Any], send: Any) -> None:
     given = prepare()
     before = _begin()
-    work(given)
+    try:
+        work(given)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        send.send(None)
+        return
     send.send(_peak() - before)
 
 

@@ -7,7 +7,8 @@ forward of every sample in the single and in the merged model, and the three Gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iteris_sd import memory
 from iteris_sd.benchmarks import authors, measuring, problems
 from iteris_sd.benchmarks.problems import Problem, Size
 from iteris_sd.calibration import Merged, finish, merge
@@ -29,7 +31,9 @@ class Result:
     """What was measured. Times in seconds, memory in bytes, differences relative to the authors' way converged.
 
     `authors_solves`: seconds of each solve of the authors' way, the inference before it included; where `extrapolated`
-    the last stands for those that were not run.
+    the last stands for those that were not run, and there are none where its features do not fit into memory. `step`:
+    seconds of one denoising step of all samples under guidance, of which their trajectories consist; where pictures are
+    part of the problem, one micro-batch timed and multiplied.
     """
 
     size: Size
@@ -41,6 +45,7 @@ class Result:
     ours_iterated: float | None
     authors_solves: tuple[float, ...]
     extrapolated: bool
+    step: float | None
     floor: float
     floor_double: float
     memory: Mapping[str, int]
@@ -53,8 +58,10 @@ class Result:
         """The shortest of the sweeps."""
         return min(self.sweep)
 
-    def authors_seconds(self, iterations: int) -> float:
-        """The authors' way with so many iterations after the first solve."""
+    def authors_seconds(self, iterations: int) -> float | None:
+        """The authors' way with so many iterations after the first solve; None where it could not be run."""
+        if not self.authors_solves:
+            return None
         told = self.authors_solves[: iterations + 1]
         return sum(told) + (iterations + 1 - len(told)) * self.authors_solves[-1]
 
@@ -78,29 +85,32 @@ def on_this_machine(scope: str, samples: int | None, rank: int) -> Size:
 
 
 def run(
-    size: Size, alpha: float = 1e-4, sweeps: int = 3, stages: int | None = None, memory: bool = True
+    size: Size, alpha: float = 1e-4, sweeps: int = 3, stages: int | None = None, peaks: bool = True
 ) -> Result:
     """Measure all ways. `stages`: iterations to convergence, two for each text layer and one unless given."""
-    sampled = size.scope == "everything" and size.device == "cpu"
+    sampled = size.scope == "everything"
     # Before this process holds a problem of its own.
-    peaks = _memory(size, alpha, iterated=not sampled) if memory else {}
+    held = _memory(size, alpha, iterated=not sampled) if peaks else {}
     problem = problems.build(size)
     converged = stages or 2 * size.layers + 1
     times: list[float] = []
     solves, results = [], []
-    work = authors.solves(problem, alpha)
+    work: Generator[Mapping[str, Tensor], None, None] | None = authors.solves(problem, alpha)
     count = 2 if sampled else converged + 1
     for k in range(count):
-        took, dense = measuring.seconds(lambda: next(work), size.device)
-        solves.append(took)
-        if k in (CAP, count - 1):
-            results.append(dense)
+        solve = _next_solve(work, size.device)
+        if solve is None:  # the features of all layers do not fit, and never will
+            work = None
+        else:
+            solves.append(solve[0])
+            if k in (CAP, count - 1):
+                results.append(solve[1])
         if k * sweeps // count != (k + 1) * sweeps // count:
             took, ours = measuring.seconds(partial(_merged, problem, alpha), size.device)
             times.append(took)
-    work.close()
+    del work
     iterated, differences = None, {}
-    if not sampled:
+    if not sampled and results:
         iterated, again = measuring.seconds(partial(_merged, problem, alpha, iterations=CAP), size.device)
         differences = {
             "sweep": _difference(ours.lora, results[-1]),
@@ -119,13 +129,40 @@ def run(
         ours_iterated=iterated,
         authors_solves=tuple(solves),
         extrapolated=sampled,
+        step=_step(problem, size) if sampled else None,
         floor=single,
         floor_double=double,
-        memory=peaks,
+        memory=held,
         differences=differences,
         condition=max(r.condition or 0.0 for r in ours.reports),
         frontier=ours.frontier,
     )
+
+
+def _next_solve(
+    work: Generator[Mapping[str, Tensor], None, None] | None, device: str
+) -> tuple[float, Mapping[str, Tensor]] | None:
+    """Seconds and result of the authors' next solve; None where memory does not suffice for it."""
+    if work is None:
+        return None
+    try:
+        took, dense = measuring.seconds(lambda: next(work), device)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        work.close()
+        memory.tidy()
+        return None
+    return took, dense
+
+
+def _step(problem: Problem, size: Size) -> float:
+    """Seconds of one denoising step of all samples: each goes through the model twice, with and without its prompt."""
+    rows = [tensor[: problem.micro_batch].repeat_interleave(2, dim=0) for tensor in problem.batches[0]]
+    with torch.no_grad():
+        problem.run(*rows)
+        took, _ = measuring.seconds(lambda: problem.run(*rows), size.device)
+    return took * sum(len(batch[0]) for batch in problem.batches) / (len(rows[0]) / 2)
 
 
 @dataclass(frozen=True)
@@ -172,7 +209,8 @@ def _apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 
 
 def _floor(problem: Problem, merged: Merged, rate: measuring.Rate) -> tuple[float, float]:
-    """Seconds of the forwards and Gram matrices at the machine's rate, the latter in float32 and in float64."""
+    """Seconds of the forwards and Gram matrices at the machine's rate, the latter in float32 and in float64, as plain
+    products: that two of the three are symmetric would save a third of them."""
     samples = sum(len(batch[0]) for batch in problem.batches)
     forward = 2 * samples * problem.macs / rate.single
     widths = {name: adapter.shape[1] for name, adapter in merged.lora.items()}
@@ -190,7 +228,11 @@ def _memory(size: Size, alpha: float, iterated: bool) -> dict[str, int]:
     ways = {"authors": partial(_authors_once, alpha), "sweep": partial(_ours_once, alpha, None)}
     if iterated:
         ways["iterations"] = partial(_ours_once, alpha, 1)
-    return {way: measuring.peak_bytes(prepare, work) for way, work in ways.items()}
+    found = {}
+    for way, work in ways.items():
+        with suppress(MemoryError):  # more than there is: not measured
+            found[way] = measuring.peak_bytes(prepare, work)
+    return found
 
 
 def _authors_once(alpha: float, problem: Problem) -> None:
@@ -210,18 +252,20 @@ def described(result: Result) -> dict[str, Any]:
 
 def ratios(result: Result) -> Mapping[str, float]:
     """The authors' way over the sweep, in time and memory; the sweep over its floors."""
-    sweep = result.best_sweep
-    found = {
-        f"time, authors at {CAP} iterations / sweep": result.authors_seconds(CAP) / sweep,
-        f"time, authors converged ({result.iterations}) / sweep": result.authors_seconds(result.iterations)
-        / sweep,
-        "time, sweep / floor with float32 Grams": sweep / result.floor,
-        "time, sweep / floor with float64 Grams": sweep / result.floor_double,
-    }
-    if result.memory:
-        found["memory, sweep / authors"] = result.memory["sweep"] / result.memory["authors"]
-    if "iterations" in result.memory:
-        found["memory, iterations / authors"] = result.memory["iterations"] / result.memory["authors"]
+    sweep, found = result.best_sweep, dict[str, float]()
+    for told, iterations in (
+        (f"at {CAP} iterations", CAP),
+        (f"converged ({result.iterations})", result.iterations),
+    ):
+        theirs = result.authors_seconds(iterations)
+        if theirs is not None:
+            found[f"time, authors {told} / sweep"] = theirs / sweep
+    found["time, sweep / floor with float32 Grams"] = sweep / result.floor
+    found["time, sweep / floor with float64 Grams"] = sweep / result.floor_double
+    theirs = result.memory.get("authors")
+    for way in ("sweep", "iterations"):
+        if theirs and way in result.memory:
+            found[f"memory, {way} / authors"] = result.memory[way] / theirs
     return found
 
 
@@ -237,10 +281,12 @@ def lines(result: Result) -> Sequence[tuple[str, str]]:
         ),
         ("machine", result.machine),
         ("sweep", " / ".join(f"{t:.2f} s" for t in result.sweep)),
-        (f"authors' way, {CAP} iterations", f"{result.authors_seconds(CAP):.1f} s{note}"),
-        (
-            f"authors' way, converged ({result.iterations})",
-            f"{result.authors_seconds(result.iterations):.1f} s{note}",
+        *(
+            (f"authors' way, {name}", "did not fit into memory" if took is None else f"{took:.1f} s{note}")
+            for name, took in (
+                (f"{CAP} iterations", result.authors_seconds(CAP)),
+                (f"converged ({result.iterations})", result.authors_seconds(result.iterations)),
+            )
         ),
         (
             "floor",
@@ -249,6 +295,8 @@ def lines(result: Result) -> Sequence[tuple[str, str]]:
         ("held by waiting micro-batches", f"{result.frontier / 2**20:.0f} MiB"),
         ("largest condition number", f"{result.condition:.3g}"),
     ]
+    if result.step is not None:
+        told.append(("each step of the samples' trajectories, apart", f"{result.step:.1f} s"))
     if result.ours_iterated is not None:
         told.append((f"ours, iterations={CAP}", f"{result.ours_iterated:.1f} s"))
     told += [(f"memory, {way}", f"{peak / 2**20:.0f} MiB") for way, peak in result.memory.items()]

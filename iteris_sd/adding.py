@@ -12,7 +12,7 @@ from iteris_sd import bases, formats, guessing, hub, inspecting
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
 from iteris_sd.kept import Kept
-from iteris_sd.layers import check_fit
+from iteris_sd.layers import check_fit, weight
 from iteris_sd.lora import LoRA
 
 
@@ -31,6 +31,14 @@ def family(lora: LoRA, name: str) -> str:
         else:
             return candidate
     raise problems[0]  # that of Stable Diffusion v1.5, which people's LoRAs are for
+
+
+def text_width(family: str) -> int:
+    """How wide the text states of a family of base models are, and so the learned tokens for it."""
+    from iteris_sd import backbone
+
+    layers = backbone.skeleton(family)
+    return next(weight(layer).shape[1] for name, layer in layers.items() if name.endswith("self_attn.q_proj"))
 
 
 def opened(source: Path, origin: str = "") -> Concept:
@@ -84,11 +92,19 @@ def keep(kept: Kept, source: Path, **words: Any) -> Concept:
     return kept.add(source, base=base, **words)
 
 
-def unpack(kept: Kept, path: Path) -> Concept:
-    """Keep the concept in a zip that one was exported to. Raises UserError as `keep` does."""
-    concept = kept.import_zip(path)
+def unpack(kept: Kept, path: Path, most: int | None = None) -> Concept:
+    """Keep the concept in a zip that one was exported to, which unpacks to at most so many bytes.
+
+    Raises UserError as `keep` does, and when its LoRA is for another base model than it says.
+    """
+    concept = kept.import_zip(path, most)
     try:
-        family(concept.load().lora, f"The LoRA of {concept.name}")
+        found = family(concept.load().lora, f"The LoRA of {concept.name}")
+        if found != concept.base:
+            raise UserError(
+                f"{path.name} says that its LoRA is for {bases.find(concept.base).title}, and by its shapes it is for "
+                f'{bases.find(found).title}; write "base": "{found}" into its concept.json, or bring the LoRA alone.'
+            )
     except UserError:
         kept.remove(concept.name)
         raise

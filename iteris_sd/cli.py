@@ -141,12 +141,8 @@ def edit(
 ) -> None:
     """Change what is said of a concept; new pictures take the place of the old ones, tokens are added."""
     with _answering():
-        kept = Kept.usual()
-        if tokens:
-            kept.add_tokens(name, tokens)
-        if pictures:
-            kept.set_references(name, pictures)
-        _tell(kept.edit(name, **_said(title, trigger, class_noun, weight)))
+        said = _said(title, trigger, class_noun, weight)
+        _tell(Kept.usual().edit(name, references=pictures or None, tokens=tokens or [], **said))
 
 
 @shelf.command()
@@ -243,7 +239,7 @@ def compose(
 ) -> None:
     """Merge concepts by several methods, draw the same seeds with each, and score the pictures."""
     with _answering():
-        told = _told(recipe) if recipe else None
+        told = _told(recipe, base) if recipe else None
         drawing = {
             "prompt": prompt,
             "negative": negative,
@@ -462,11 +458,18 @@ def _watched(work: Generator[Event, None, T]) -> T:
                 bar.update(task, description=event.stage, completed=event.done, total=event.total)
 
 
-def _told(path: Path) -> Recipe:
-    """A recipe from a file; its base model may be at a path."""
+def _told(path: Path, base: str | None) -> Recipe:
+    """A recipe from a file, with the base model that was given instead of its own; either may be at a path."""
     data = Recipe.data(path)
-    if isinstance(data.get("base"), str):
-        data["base"] = checkpoints.opened(data["base"]).name
+    if isinstance(meant := base or data.get("base"), str):
+        try:
+            data["base"] = checkpoints.opened(meant).name
+        except UserError as error:
+            if base:
+                raise
+            raise UserError(
+                f"{error} If the recipe was made with a model at a path, say --base and that path."
+            ) from error
     return Recipe.of(data)
 
 

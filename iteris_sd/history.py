@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
-from iteris_sd import concepts, limits, restoring
+from iteris_sd import bases, concepts, limits, restoring
 from iteris_sd.errors import UserError
 from iteris_sd.kept import UNFINISHED, drafting, user_data
 from iteris_sd.recipe import Recipe, fill
@@ -64,8 +64,19 @@ class Entry:
     grid: Path | None
 
     def recipe(self) -> Recipe:
-        """What was asked for. Raises UserError when the file is broken, gone, or of a newer version."""
-        return restoring.from_file(self.folder / _RECIPE)
+        """What was asked for.
+
+        Raises UserError when the file is broken, gone, or of a newer version, or when its base model is not known now.
+        """
+        try:
+            return restoring.from_file(self.folder / _RECIPE)
+        except UserError as error:
+            if (base := _unknown_base(self.folder / _RECIPE)) is None:
+                raise
+            raise UserError(
+                f"This was made with the base model {base!r}, which is not known now; start with --base and the path "
+                "of that model, and open this again."
+            ) from error
 
     def scores(self) -> dict[str, Any] | None:
         """What `export.scores` told; None where nothing did. Raises UserError when the file is broken."""
@@ -292,6 +303,21 @@ def _entry(folder: Path, words: _Words, names: Collection[str]) -> Entry:
         thumbnail=folder / _THUMBNAIL if _THUMBNAIL in names else None,
         grid=folder / _GRID if _GRID in names else None,
     )
+
+
+def _unknown_base(path: Path) -> str | None:
+    """The name of a recipe's base model, where it is one that nobody has made known, such as one at a path."""
+    try:
+        base = _object(path, limits.MAX_RECIPE_BYTES).get("base")
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(base, str):
+        return None
+    try:
+        bases.find(base)
+    except UserError:
+        return bases.called(base)[: limits.MAX_TITLE_CHARS]
+    return None
 
 
 def _object(path: Path, most: int) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from typing import Any
 
 from iteris_sd import limits, serving
 from iteris_sd.errors import UserError
+from iteris_sd.formats import peft_files
 
 _TICK = 0.1  # seconds between two reports
 _PATIENCE = 10.0  # seconds that a server may be silent
 _LISTED = 10  # files that a message names
 
-_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_USUAL = ("pytorch_lora_weights.safetensors", _PEFT_WEIGHTS)  # diffusers' name first
+_USUAL = ("pytorch_lora_weights.safetensors", peft_files.WEIGHTS)  # diffusers' name first
 _TOKENS = ("*_emb.safetensors", "learned_embeds*.safetensors", "embeddings.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ID = re.compile(
@@ -240,38 +240,48 @@ def parse(text: str) -> LoraId | None:
     return LoraId(repo, file, revision)
 
 
-def lora_files(wanted: LoraId) -> tuple[Listing, list[str]]:
+def lora_files(wanted: LoraId, most: int | None = None) -> tuple[Listing, list[str]]:
     """The repository of a LoRA and the files to fetch: the LoRA itself first, then what belongs to it.
 
-    Raises UserError when there is no LoRA, several to choose from, only pickles, or one that is too large.
+    `most`: how many bytes the LoRA may have; those of a large one unless given. Raises UserError when there is no LoRA,
+    several to choose from, only pickles, one that is too large, or more learned tokens than a concept has.
     """
     found = listing(wanted.repo, wanted.revision)
     name = _named(wanted.file, wanted, found.files) if wanted.file else _usual(wanted, found.files)
     folder = name[: name.rfind("/") + 1]
-    config = f"{folder}{_PEFT_CONFIG}"
-    names = [name, config] if name == folder + _PEFT_WEIGHTS and config in found.files else [name]
-    for one, bound in zip(names, (limits.MAX_FILE_BYTES, limits.MAX_CONFIG_BYTES), strict=False):
+    config = f"{folder}{peft_files.CONFIG}"
+    names = [name, config] if name == folder + peft_files.WEIGHTS and config in found.files else [name]
+    most = limits.MAX_FILE_BYTES if most is None else most
+    for one, bound in zip(names, (most, limits.MAX_CONFIG_BYTES), strict=False):
         if found.files[one] > bound:
             raise UserError(
-                f"{one} of {wanted.repo} has {readable(found.files[one])} and at most {readable(bound)} are read; "
-                "it is hardly a LoRA."
+                f"{one} of {wanted.repo} has {readable(found.files[one])} and at most {readable(bound)} are read "
+                "here; choose a smaller LoRA."
             )
     tokens = [
         one
         for one, size in found.files.items()
         if one != name and _is_token(one, folder) and size <= limits.MAX_EMBEDDING_BYTES
     ]
-    return found, [*names, *tokens[: limits.MAX_TOKENS]]
+    if len(tokens) > limits.MAX_EMBEDDINGS:
+        raise UserError(
+            f"{wanted.repo} holds {len(tokens)} files of learned tokens beside {name}, and a concept has at most "
+            f"{limits.MAX_EMBEDDINGS}; download the LoRA and the tokens that you want, and add them as files."
+        )
+    return found, [*names, *tokens]
 
 
 def fetch_lora(
-    wanted: LoraId, cache: Path | None = None, check: Callable[[int], None] = lambda size: None
+    wanted: LoraId,
+    cache: Path | None = None,
+    check: Callable[[int], None] = lambda size: None,
+    most: int | None = None,
 ) -> Generator[tuple[int, int], None, tuple[Path, tuple[Path, ...], str]]:
     """Download a LoRA and its learned tokens as `fetch` does; return its file, those of its tokens, and the commit.
 
-    `check` hears how many bytes it has before they come, and may raise.
+    `check` hears how many bytes it has before they come, and may raise; `most`: how many the LoRA may have.
     """
-    there, names = lora_files(wanted)
+    there, names = lora_files(wanted, most)
     check(sum(there.files[name] for name in names))
     folder = yield from fetch(there.repo, names, there.revision, cache)
     first, *more = [folder / name for name in names]
@@ -282,7 +292,7 @@ def _named(file: str, wanted: LoraId, files: Mapping[str, int]) -> str:
     """The file that was asked for, or the weights in the folder that was."""
     if file in files and file.endswith(".safetensors"):
         return file
-    if (weights := f"{file}/{_PEFT_WEIGHTS}") in files:
+    if (weights := f"{file}/{peft_files.WEIGHTS}") in files:
         return weights
     if pickles := [n for n in files if (n == file or n.startswith(f"{file}/")) and n.endswith(_PICKLES)]:
         raise _pickled(wanted.repo, pickles)

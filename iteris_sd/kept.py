@@ -18,13 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
 from iteris_sd import bases, concepts, limits, zips
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNFINISHED = ".unfinished-"  # what the name of a folder begins with as long as it is being made
 _WORDS = (
@@ -78,10 +81,11 @@ class Kept:
 
         What is not said is as the concept's folder says, else guessed; the base, Stable Diffusion v1.5. The name is
         made fit for a folder, and numbered where another concept has it, shipped ones included. `tokens`: files of
-        learned tokens that belong to it, too. Raises UserError when anything cannot be read or is out of bounds; then
-        nothing is kept.
+        learned tokens that belong to it, too; of two of the same token the last counts. Raises UserError when anything
+        cannot be read, does not fit the base, or is out of bounds; then nothing is kept.
         """
-        told, files = _read(source, origin, tokens)
+        told, files, bundled = _read(source, origin)
+        learned = _learned(told.name, (*told.embeddings, *tokens))
         said: dict[str, Any] = {
             "title": title,
             "trigger": trigger,
@@ -91,6 +95,7 @@ class Kept:
         said |= {"name": name.strip() or title, "base": base, "source": origin, "revision": revision}
         told = replace(told, **{word: v for word, v in said.items() if v is not None and str(v).strip()})
         told = replace(told, base=bases.find(told.base).family)
+        _check_widths({**bundled, **learned}, told.base)
         with drafting(self.folder) as draft:
             made = draft / "made"
             made.mkdir()
@@ -99,13 +104,24 @@ class Kept:
             for place, file in files.items():
                 (made / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, made / place)
+            _write_tokens(made / "embeddings", learned)
             _write_references(made / "references", references or told.references)
             return self._settled(made, concept)
 
-    def edit(self, name: str, /, **changes: Any) -> Concept:
-        """Change title, trigger, class_noun, weight or description.
+    def edit(
+        self,
+        name: str,
+        /,
+        *,
+        references: Sequence[Path] | None = None,
+        tokens: Sequence[Path] = (),
+        **changes: Any,
+    ) -> Concept:
+        """Change title, trigger, class_noun, weight or description of a concept.
 
-        Raises UserError when there is no such concept, or a word is out of bounds; then nothing changes.
+        `references`: pictures to put in place of its own, None to leave these; `tokens`: files of learned tokens to
+        add, each in the place of one of the same token. Raises UserError when there is no such concept, a word is out
+        of bounds, a file cannot be read, or a token does not fit its base; then nothing changes.
         """
         if unknown := sorted(set(changes) - set(_EDITABLE)):
             raise UserError(f"{unknown[0]} cannot be changed; {', '.join(_EDITABLE)} can.")
@@ -113,34 +129,28 @@ class Kept:
         with drafting(self.folder) as draft:
             _write_words(draft, concept)
             read_concept(draft)
+            if tokens:
+                learned = _learned(name, (*concept.embeddings, *tokens))
+                _check_widths(learned, concept.base)
+                _write_tokens(draft / "embeddings", learned)
+            if references is not None:
+                _write_references(draft / "references", references)
+            for part in ("embeddings", "references"):
+                if (draft / part).exists():
+                    _exchange(self.folder / name / part, draft / part, draft / f"old {part}")
             (draft / "concept.json").replace(self.folder / name / "concept.json")
         return self._one(name)
 
     def set_references(self, name: str, paths: Sequence[Path]) -> Concept:
         """Put these pictures in place of a concept's. Raises UserError when one cannot be opened; none changes then."""
-        self.library().find(name)
-        place = self.folder / name / "references"
-        with drafting(self.folder) as draft:
-            new, old = draft / "new", draft / "old"
-            _write_references(new, paths)
-            _exchange(place, new, old)
-        return self._one(name)
+        return self.edit(name, references=paths)
 
     def add_tokens(self, name: str, paths: Sequence[Path]) -> Concept:
-        """Add files of learned tokens to a concept; one that is called as another takes its place.
+        """Add files of learned tokens to a concept, each in the place of one of the same token.
 
-        Raises UserError when one cannot be read, or there would be too many; none is added then.
+        Raises UserError when one cannot be read or does not fit, or there would be too many; none is added then.
         """
-        concept, place = self.library().find(name), self.folder / name / "embeddings"
-        files = {path.name: path for path in (*concept.embeddings, *paths)}
-        _check_tokens(name, list(files.values()))
-        with drafting(self.folder) as draft:
-            new, old = draft / "new", draft / "old"
-            new.mkdir()
-            for called, path in files.items():
-                shutil.copyfile(path, new / called)
-            _exchange(place, new, old)
-        return self._one(name)
+        return self.edit(name, tokens=paths)
 
     def remove(self, name: str) -> None:
         """Remove a concept, or a broken folder. Raises UserError when there is none, or it cannot be removed."""
@@ -161,16 +171,16 @@ class Kept:
                         archive.write(file, f"{name}/{inside}")
             (draft / "made.zip").replace(path)
 
-    def import_zip(self, path: Path) -> Concept:
+    def import_zip(self, path: Path, most: int | None = None) -> Concept:
         """Keep the concept in a zip as `export_zip` writes it, its files at the top or in one folder.
 
-        Raises UserError when it is no such zip, holds anything else, or what `add` checks is wrong; then nothing is
-        kept.
+        `most`: how many bytes it may unpack to; those of one large file unless given. Raises UserError when it is no
+        such zip, holds anything else, or what `add` checks is wrong; then nothing is kept.
         """
         with drafting(self.folder) as draft:
             unpacked = draft / "unpacked"
             try:
-                zips.unpack(path, unpacked, _of_a_concept)
+                zips.unpack(path, unpacked, _of_a_concept, most)
                 return self.add(unpacked)
             except UserError as error:
                 told = str(error).replace(str(unpacked), "its folder")
@@ -229,8 +239,9 @@ def drafting(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def _read(source: Path, origin: str, tokens: Sequence[Path]) -> tuple[Concept, dict[str, Path]]:
-    """A concept and the files of its tensors, by what they are called in its folder; all are read to check them."""
+def _read(source: Path, origin: str) -> tuple[Concept, dict[str, Path], Mapping[str, Tensor]]:
+    """A concept, the files of its LoRA by what they are called in its folder, and the tokens in them; all are read to
+    check them."""
     from iteris_sd import formats, guessing
 
     if (source / "concept.json").is_file():
@@ -239,21 +250,50 @@ def _read(source: Path, origin: str, tokens: Sequence[Path]) -> tuple[Concept, d
     else:
         content = formats.read(source)
         concept = guessing.concept(source, content, origin)
-    learned = {f"embeddings/{path.name}": path for path in (*concept.embeddings, *tokens)}
-    _check_tokens(concept.name, list(learned.values()))
-    return concept, _lora_files(concept.lora, content.dialect) | learned
+    return concept, _lora_files(concept.lora, content.dialect), content.tokens
 
 
-def _check_tokens(name: str, paths: Sequence[Path]) -> None:
-    """Raise UserError when these are too many files of learned tokens, or one is none."""
+def _learned(name: str, paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Token -> vectors (vectors, width) of files of learned tokens, of two of the same token the last.
+
+    Raises UserError when one cannot be read, or there are too many for a concept.
+    """
     from iteris_sd import formats
 
-    if len(paths) > limits.MAX_EMBEDDINGS:
-        raise UserError(
-            f"{name} has {len(paths)} files of learned tokens; at most {limits.MAX_EMBEDDINGS} are kept."
-        )
+    found: dict[str, Tensor] = {}
     for path in paths:
-        formats.read_embeddings(path)
+        found |= formats.read_embeddings(path)
+    if len(found) > (most := limits.MAX_EMBEDDINGS):
+        raise UserError(f"{name} has {len(found)} learned tokens; at most {most} are kept: leave some out.")
+    return found
+
+
+def _check_widths(tokens: Mapping[str, Tensor], base: str) -> None:
+    """Raise UserError when a token's vectors are not as wide as the text states of the base model."""
+    if not tokens:
+        return
+    from iteris_sd import adding
+
+    width = adding.text_width(base)
+    for token, vectors in tokens.items():
+        if vectors.shape[-1] != width:
+            raise UserError(
+                f"The token {token!r} is {vectors.shape[-1]} wide, and {bases.find(base).title} takes tokens of "
+                f"{width}; it is for another model: choose one that was trained on this."
+            )
+
+
+def _write_tokens(folder: Path, tokens: Mapping[str, Tensor]) -> None:
+    """One file each, which holds the token's name: what a file was called may be that of another token's."""
+    from iteris_sd import formats
+
+    taken: set[str] = set()
+    for token, vectors in tokens.items():
+        slug = _slug(token, "token")
+        names = itertools.chain([slug], (f"{slug}-{k}" for k in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        formats.write_embedding(folder / f"{name}.safetensors", token, vectors)
 
 
 def _exchange(place: Path, new: Path, old: Path) -> None:
@@ -315,7 +355,7 @@ def _write_references(folder: Path, paths: Sequence[Path]) -> None:
         picture.save(folder / f"{number:02}.png")
 
 
-def _slug(name: str) -> str:
-    """A name fit for a folder, with room for a number behind it."""
+def _slug(name: str, otherwise: str = "concept") -> str:
+    """A name fit for a folder or file, in small letters, with room for a number behind it."""
     words = re.sub(r"\W+", "-", unicodedata.normalize("NFKC", name).lower())
-    return words[: limits.MAX_NAME_CHARS - 4].strip("-_") or "concept"
+    return words[: limits.MAX_NAME_CHARS - 4].strip("-_") or otherwise

@@ -67,7 +67,7 @@ MAX_PICTURE_PIXELS = 64 * 1024**2  # a large photograph; more is a decompression
 MAX_NAME_CHARS = 64  # of a concept's name, trigger and class noun
 MAX_REMARK_CHARS = 1000  # of a concept's description, licence and source: a paragraph each
 MAX_CONCEPT_BYTES = 256 * 1024  # concept.json is a page of text
-MAX_EMBEDDINGS = 32  # files of learned tokens of one concept; pivotal tuning uses two or three
+MAX_EMBEDDINGS = 32  # learned tokens of one concept, or files of them; pivotal tuning uses two or three
 MAX_REFERENCE_SIDE = 1024  # pixels that a kept picture is shrunk to; scorers look at 224
 MAX_ZIP_ENTRIES = 64  # a concept with all its tokens and pictures has fewer
 MAX_ZIP_READ_BYTES = 1024**2  # of a zip at once; its list of entries takes 10 kB, but is as long as it says
@@ -97,6 +97,7 @@ MAX_KEY_CHARS = 256  # of a tensor's name; the longest of a U-Net's layers has 1
 MAX_DIMENSIONS = 8  # of a tensor; a convolution has four
 MAX_ALPHA_PATTERNS = 1024  # of PEFT's settings; tools write one per layer, of which SD v1.5 has about 400
 MAX_PATTERN_CHARS = 256  # of one of them; none is longer than the name of a layer
+MAX_PATTERN_WORK = 2_000_000  # their characters times layers: a second; 80 of 60 for 400 layers
 
 # What people bring
 MAX_BROUGHT = 40  # files at once: a LoRA, its settings, and as many tokens as a concept may have
@@ -104,3 +105,6 @@ MAX_PUBLIC_CONCEPTS = 12  # that a visitor of a public page may have brought: tw
 MAX_PUBLIC_FILE_BYTES = 512 * 1024**2  # of one there; every layer at rank 128 in halves takes 400 MB
 MAX_PUBLIC_BYTES = 1024**3  # of all that such a visitor has brought
 MAX_PUBLIC_BYTES_IN_ALL = 16 * 1024**3  # of all visitors; a free Space has 50 GB, for models, too
+MAX_PUBLIC_UPLOAD_SECONDS = (
+    3600  # that Gradio keeps a file there which was uploaded or handed out for download
+)

@@ -26,20 +26,37 @@ def names(path: Path) -> list[str]:
         return list(_files(archive))
 
 
-def unpack(path: Path, folder: Path, wanted: Callable[[Sequence[str]], Collection[str]]) -> None:
+def size(path: Path) -> int:
+    """How many bytes the files in a zip have once they are unpacked, as it says itself; `unpack` writes no more.
+
+    Raises UserError, "it …", as `unpack`.
+    """
+    with _opened(path) as archive:
+        return sum(entry.file_size for entry in _files(archive).values())
+
+
+def unpack(
+    path: Path,
+    folder: Path,
+    wanted: Callable[[Sequence[str]], Collection[str]],
+    most: int | None = None,
+) -> None:
     """Unpack the files that `wanted` picks from the `names` of a zip.
 
-    Raises UserError, "it …", when it is no zip, or holds what could do harm.
+    `most`: how many bytes they may have together; those of one large file unless given. Raises UserError, "it …", when
+    it is no zip, or holds what could do harm.
     """
     with _opened(path) as archive:
         files = _files(archive)
-        room = most = min(limits.MAX_FILE_BYTES, limits.MAX_ZIP_RATIO * path.stat().st_size)
+        most = limits.MAX_FILE_BYTES if most is None else most
+        room = most = min(most, limits.MAX_ZIP_RATIO * path.stat().st_size)
         chosen = wanted(list(files))
         if len({name.lower() for name in files}) < sum(map(_is_brought, archive.infolist())):
             raise UserError("it holds a file twice; make it again.")
         for name in chosen:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(files[name]) as packed, (folder / name).open("wb") as unpacked:
+            place = _inside(folder, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(files[name]) as packed, place.open("wb") as unpacked:
                 while piece := packed.read(limits.MAX_ZIP_READ_BYTES // 2):
                     room -= len(piece)
                     if room < 0:
@@ -87,6 +104,14 @@ def _files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return files
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """Where a file of a zip goes. Raises UserError when that is not in the folder, whatever its name passed before."""
+    place = folder / name
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"its entry {name[:80]!r} leads out of its folder; it is no honest zip.")
+    return place
+
+
 def _is_brought(entry: zipfile.ZipInfo) -> bool:
     """Whether an entry is a file of somebody's, and none that macOS adds by itself."""
     return not entry.is_dir() and not entry.filename.startswith("__MACOSX/")
@@ -98,6 +123,11 @@ def _check(entry: zipfile.ZipInfo) -> None:
     steps = name.removesuffix("/").split("/")
     if set(steps) & {"", ".", ".."} or set(name) & set("\\:") or not name.isprintable():
         raise UserError(f"its entry {name[:80]!r} has an unsafe name; rename it if you trust the zip.")
+    if entry.filename != name:  # the second one is what is written to, on Python 3.12 and later
+        raise UserError(
+            f"its entry {name[:80]!r} has another name beside it, {entry.filename[:80]!r}; it is no honest zip, or was "
+            "made by an old program: make it again with plain file names."
+        )
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UserError(f"its entry {name[:80]!r} is a link or a device, no plain file; it is no honest zip.")
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,25 @@ def test_a_zip_that_fits_no_base_is_not_kept(toy: Path, kept: Kept, tmp_path: Pa
     other.export_zip("wide", tmp_path / "wide.zip")
     with pytest.raises(UserError, match="does not fit"):
         adding.unpack(kept, tmp_path / "wide.zip")
+    assert not kept.library().concepts
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("sd15", "is for Stable Diffusion v1.5, and by its shapes it is for Storybook"), ("storybook", None)],
+)
+def test_a_zip_must_tell_its_base_truly(
+    toy: Path, kept: Kept, tmp_path: Path, said: str, told: str | None
+) -> None:
+    words = json.loads((toy / "concepts" / "dog" / "concept.json").read_text())
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(toy / "concepts" / "dog" / "lora.safetensors", "lora.safetensors")
+        archive.writestr("concept.json", json.dumps({**words, "base": said}))
+    if told is None:
+        assert adding.unpack(kept, tmp_path / "x.zip").base == "storybook"
+        return
+    with pytest.raises(UserError, match=f'x.zip says that its LoRA {told}; write "base": "storybook"'):
+        adding.unpack(kept, tmp_path / "x.zip")
     assert not kept.library().concepts
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from iteris_sd import bringing, formats, limits
+from iteris_sd import bringing, formats, limits, zips
 from iteris_sd.errors import UserError
 from iteris_sd.kept import Kept
 from iteris_sd.lora import LoRA, LowRank
@@ -188,6 +191,139 @@ def test_a_zip_may_not_unpack_to_more_than_a_file_may_have(
         bringing.keep(kept, [path])
 
 
+def test_a_second_name_in_a_zip_leads_nowhere(
+    kept: Kept, desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 and later write to the name that Info-ZIP's extra field 0x7075 tells; older ones here do so, too."""
+    target = tmp_path / "elsewhere.safetensors"
+    entry = zipfile.ZipInfo("token.safetensors")
+    told = struct.pack("<BL", 1, zlib.crc32(b"token.safetensors")) + str(target).encode()
+    entry.extra = struct.pack("<HH", 0x7075, len(told)) + told
+    with zipfile.ZipFile(desk / "slip.zip", "w") as archive:
+        archive.write(desk / "dog.safetensors", "dog.safetensors")
+        archive.writestr(entry, (desk / "rex.safetensors").read_bytes())
+    if sys.version_info < (3, 12):
+        listed = zipfile.ZipFile.infolist
+
+        def as_later(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+            for found in listed(archive):
+                found.filename = str(target) if found.extra else found.filename
+            return listed(archive)
+
+        monkeypatch.setattr(zipfile.ZipFile, "infolist", as_later)
+    message = "its entry 'token.safetensors' has another name beside it, '/"
+    for bring in (lambda: bringing.keep(kept, [desk / "slip.zip"]), lambda: zips.names(desk / "slip.zip")):
+        with pytest.raises(UserError, match=message):
+            bring()
+    assert not target.exists() and not kept.library().concepts
+
+
+def test_no_name_leads_out_of_the_folder_though_it_passed(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zips, "_check", lambda entry: None)
+    for number, name in enumerate(("../x.safetensors", str(tmp_path / "x.safetensors"))):
+        with zipfile.ZipFile(desk / "slip.zip", "w") as archive:
+            entry = zipfile.ZipInfo("x")
+            entry.filename = name  # as it is: the constructor would mend it
+            archive.writestr(entry, b"x")
+            archive.writestr("y", b"y")
+        with pytest.raises(UserError, match="leads out of its folder; it is no honest zip"):
+            zips.unpack(desk / "slip.zip", tmp_path / str(number) / "draft", lambda names: names)
+    assert not list(tmp_path.rglob("x.safetensors"))
+
+
+def test_tokens_of_one_file_name_are_all_kept(kept: Kept, desk: Path) -> None:
+    """Diffusers calls every file of a token learned_embeds.safetensors."""
+
+    def learned(token: str, value: float) -> Path:
+        place = desk / f"{token.strip('<>')}-{value}" / "learned_embeds.safetensors"
+        formats.write_embedding(place, token, torch.full((1, 768), float(value)))
+        return place
+
+    tokens = [learned("<one>", 1), learned("<two>", 2), learned("<ONE>", 3)]
+    concept = bringing.keep(kept, [desk / "dog.safetensors"], tokens=tokens)
+    assert {token: v[0, 0].item() for token, v in concept.load().tokens.items()} == {
+        "<one>": 1,
+        "<two>": 2,
+        "<ONE>": 3,
+    }
+    names = [path.name.lower() for path in concept.embeddings]
+    assert len(set(names)) == 3  # also where a disk does not tell capitals apart
+    after = kept.add_tokens(concept.name, [learned("<two>", 4), desk / "fluffy.safetensors"]).load().tokens
+    assert {token: v[0, 0].item() for token, v in after.items()} == {
+        "<one>": 1,
+        "<two>": 4,
+        "<ONE>": 3,
+        "fluffy": 1,
+    }
+    kept.export_zip(concept.name, desk / "all.zip")
+    assert bringing.keep(kept, [desk / "all.zip"]).load().tokens.keys() == after.keys()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"<bad>": torch.full((1, 768), float("nan"))}, "bad.safetensors cannot be used: its tensor '<bad>' holds NaN"),
+        ({"<bad>": torch.ones(100, 768)}, "bad.safetensors cannot be used: its token has 100 vectors"),
+        (
+            {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)},
+            "bad.safetensors cannot be used: it is a token for Stable Diffusion XL",
+        ),
+        ({"<bad>": torch.ones(1, 1024)}, "The token '<bad>' is 1024 wide, and Stable Diffusion v1.5 takes tokens of"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_token_is_told_wherever_it_is_brought(
+    kept: Kept, desk: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    bad = desk / "bad.safetensors"
+    save_file(tensors, bad)
+    assert bringing.are_tokens([bad])
+    concept = bringing.keep(kept, [desk / "dog.safetensors"])
+    with pytest.raises(UserError, match=message):
+        bringing.keep(kept, [desk / "dog.safetensors", bad])
+    with pytest.raises(UserError, match=message):
+        kept.add_tokens(concept.name, [bad])
+    alone = message if "cannot be used" in message else "bad.safetensors holds learned tokens and no LoRA"
+    with pytest.raises(UserError, match=alone):
+        bringing.keep(kept, [bad])
+    assert list(kept.library().concepts) == [concept.name] and not concept.embeddings
+
+
+def test_files_in_capitals_are_known_among_several(kept: Kept, desk: Path) -> None:
+    loud = [
+        Path(shutil.copyfile(desk / f"{n}.safetensors", desk / f"{n}.SAFETENSORS")) for n in ("dog", "rex")
+    ]
+    assert bringing.keep(kept, loud).load().tokens.keys() == {"<rex>"}
+    with zipfile.ZipFile(desk / "loud.ZIP", "w") as archive:
+        for file in loud:
+            archive.write(file, file.name)
+    assert bringing.keep(kept, [desk / "loud.ZIP"]).load().tokens.keys() == {"<rex>"}
+
+
+def test_a_lora_beside_an_adapter_is_not_left_out_silently(kept: Kept, desk: Path) -> None:
+    folder = Path(shutil.copytree(desk / "whole" / "unet", desk / "adapter"))
+    assert bringing.keep(kept, [zipped(desk / "one.zip", folder, desk / "rex.safetensors")])
+    with pytest.raises(UserError, match="These are several LoRAs, .*cat.safetensors.*; bring one at a time"):
+        bringing.keep(kept, [zipped(desk / "two.zip", folder, desk / "cat.safetensors")])
+
+
+def test_a_zip_is_as_large_as_it_says_at_most(kept: Kept, desk: Path) -> None:
+    path = zipped(desk / "wolf.zip", desk / "whole")
+    with zipfile.ZipFile(path) as archive:
+        files = [one.file_size for one in archive.infolist() if not one.filename.startswith("__MACOSX")]
+    assert (
+        bringing.size([path, desk / "rex.safetensors"])
+        == sum(files) + (desk / "rex.safetensors").stat().st_size
+    )
+    with pytest.raises(UserError, match="wolf.zip cannot be imported: it unpacks to more than 2,000 bytes"):
+        bringing.keep(kept, [path], most=2000)
+    concept = bringing.keep(kept, [desk / "dog.safetensors"])
+    kept.export_zip(concept.name, desk / "out.zip")
+    with pytest.raises(UserError, match="out.zip cannot be imported: it unpacks to more than 2,000 bytes"):
+        bringing.keep(kept, [desk / "out.zip"], most=2000)
+
+
 @pytest.mark.parametrize(
     ("choose", "expected"),
     [
@@ -226,7 +362,7 @@ def test_tokens_that_are_none_or_too_many_are_not_added(
     with pytest.raises(UserError, match="cat.safetensors cannot be used"):
         kept.add_tokens(concept.name, [desk / "fluffy.safetensors", desk / "cat.safetensors"])
     monkeypatch.setattr(limits, "MAX_EMBEDDINGS", 1)
-    with pytest.raises(UserError, match="dog-2 has 2 files of learned tokens; at most 1 are kept"):
+    with pytest.raises(UserError, match="dog-2 has 2 learned tokens; at most 1 are kept: leave some out"):
         kept.add_tokens(concept.name, [desk / "fluffy.safetensors"])
     with pytest.raises(UserError, match="There is no concept 'wolf'"):
         kept.add_tokens("wolf", [desk / "fluffy.safetensors"])

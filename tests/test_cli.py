@@ -59,7 +59,7 @@ def test_concepts() -> None:
 def test_methods() -> None:
     listed = {method["name"]: method for method in json.loads(done("methods", "--json"))}
     assert list(listed) == list(METHODS)
-    assert listed["knots"]["invariances"] == ["batches", "duplicate", "order", "scaling"]
+    assert listed["knots"]["invariances"] == ["batches", "device", "duplicate", "order", "scaling"]
     alpha = listed["iteris"]["parameters"][0]
     assert (alpha["name"], alpha["default"], alpha["high"]) == ("alpha", 1e-4, 1.0)
     printed = done("methods")

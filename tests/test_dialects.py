@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from iteris_sd import formats, sd15
 from iteris_sd.errors import UserError
-from iteris_sd.formats import naming
+from iteris_sd.formats import naming, peft_files
 from iteris_sd.lora import LoRA, LowRank
 from tests.toys import random_adapter
 
@@ -692,6 +692,7 @@ def test_a_folder_of_pickles_is_told_as_such(tmp_path: Path, name: str) -> None:
         (json.dumps({"peft_type": "IA3"}), "PEFT's kind 'IA3'"),
         (json.dumps({"use_dora": True}), "is a DoRA"),
         (json.dumps({"lora_alpha": "x"}), "which is no number"),
+        (json.dumps({"lora_alpha": None}), "which is no number"),
     ],
 )
 def test_bad_settings_of_a_folder_are_told(tmp_path: Path, config: str, message: str) -> None:
@@ -699,6 +700,65 @@ def test_bad_settings_of_a_folder_are_told(tmp_path: Path, config: str, message:
     (tmp_path / "merged" / "unet" / "adapter_config.json").write_text(config)
     with pytest.raises(UserError, match=message):
         formats.read(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("start", [True, "eva", "orthogonal", "pissa", "olora"])
+def test_what_changes_the_base_model_is_no_plain_lora(tmp_path: Path, start: bool | str) -> None:
+    """PEFT's own starts: ΔW is what the whole layer has gained since before the adapter, or is refused."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False)
+    model = nn.ModuleDict({"down_blocks": nn.ModuleList([nn.ModuleDict({"to_q": layer})])})
+    before = layer.weight.detach().clone()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"], init_lora_weights=start)
+    tuned = get_peft_model(model, config)
+    module = tuned.get_submodule("base_model.model.down_blocks.0.to_q")
+    module.lora_B["default"].weight.data += 0.01  # as if trained
+    tuned.save_pretrained(tmp_path)
+    gained = module.get_base_layer().weight + module.get_delta_weight("default") - before
+    if start in ("pissa", "olora"):
+        with pytest.raises(UserError, match=f"{start}.*path_initial_model_for_weight_conversion"):
+            formats.read(tmp_path)
+        return
+    (found,) = formats.read(tmp_path).lora.values()
+    torch.testing.assert_close(found.delta(), gained.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_16", "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize("kept", ["folder", "metadata"])
+def test_a_start_that_changes_the_base_model_is_refused(tmp_path: Path, start: str, kept: str) -> None:
+    told = {"lora_alpha": 8, "init_lora_weights": start}
+    path = tmp_path / "some.safetensors"
+    if kept == "folder":
+        path = tmp_path / "merged"
+        formats.write(path, LoRA({Q: adapter()}), layout="peft")
+        (path / "unet" / peft_files.CONFIG).write_text(json.dumps(told))
+    else:
+        formats.write(path, LoRA({Q: adapter()}), {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(UserError, match=f"init_lora_weights='{start}', which .* fits no other base"):
+        formats.read(path)
+
+
+def test_peft_says_which_alpha_settings_mean_that_tell_none(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    formats.write(tmp_path / "merged", LoRA({Q: adapter()}), layout="peft")
+    (tmp_path / "merged" / "unet" / peft_files.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    path = tmp_path / "some.safetensors"
+    formats.write(path, LoRA({Q: adapter()}), {"lora_adapter_metadata": json.dumps({"unet.r": 2})})
+    for found in (formats.read(tmp_path / "merged"), formats.read(path)):
+        torch.testing.assert_close(found.lora[Q].delta(), LoraConfig().lora_alpha / 2 * adapter().delta())
+
+
+def test_peft_calls_its_files_so() -> None:
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+    assert (peft_files.CONFIG, peft_files.WEIGHTS, peft_files.PICKLED) == (
+        CONFIG_NAME,
+        SAFETENSORS_WEIGHTS_NAME,
+        WEIGHTS_NAME,
+    )
 
 
 def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +249,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: peft(p, {"lora_adapter_metadata": '{"unet.lora_alpha": 1e999}'}),
         "which is no number",
     ),
+    "config infinite scale": (
+        lambda p: peft(p, {"lora_adapter_metadata": '{"unet.lora_alpha": 1e300}'}),
+        r"too large for float32 .its alpha is 1e\+300",
+    ),
+    "infinite product": (
+        lambda p: peft(p, down=torch.full((2, 4), 1e30), up=torch.full((6, 2), 1e30)),
+        "too large for float32 .its alpha is none",
+    ),
     "config pattern": (
         lambda p: peft(p, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(a+)+b": 1}}'}),
         "the pattern .* of which not all is understood",
@@ -343,6 +353,56 @@ def test_a_bad_embedding_gets_one_clear_sentence(
     save_file(tensors, tmp_path / "token.safetensors")
     with pytest.raises(UserError, match=message):
         formats.read_embeddings(tmp_path / "token.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "meant"),
+    [
+        ({"<a>": torch.ones(4), "my cat v1.5": torch.ones(4)}, True),
+        ({"emb_params": torch.ones(2, 4)}, True),
+        ({"bundle_emb.<a>.clip_l": torch.ones(2, 4)}, True),
+        ({"<a>": torch.full((4,), float("nan"))}, True),
+        ({"emb_params": torch.ones(100, 4)}, True),
+        ({"clip_g": torch.ones(4), "clip_l": torch.ones(4)}, True),
+        ({"t5": torch.ones(4)}, True),
+        ({f"<{k}>": torch.ones(4) for k in range(limits.MAX_TOKENS + 1)}, True),
+        ({"<a>": torch.ones(4), f"{Q}.lora_A.weight": torch.ones(2, 4)}, False),
+        ({"bundle_emb.<a>.clip_l": torch.ones(4), "lora_te_x.lora_up.weight": torch.ones(2, 4)}, False),
+        ({"<a>": torch.ones(4), "unet:0:up": torch.ones(2, 4)}, False),
+        ({"lora_unet_mid_block_attentions_0_proj_in.diff": torch.ones(2, 4)}, False),
+        ({"unet.mid_block.attentions.0.proj_in.hada_w1_a": torch.ones(2, 4)}, False),
+        ({"text_projection.weight": torch.ones(4, 4)}, False),
+    ],
+)
+def test_keys_tell_what_is_meant_as_tokens(tmp_path: Path, tensors: dict[str, Tensor], meant: bool) -> None:
+    path = tmp_path / "some.safetensors"
+    save_file(tensors, path)
+    assert formats.holds_tokens(path) == meant
+    if not meant:
+        with pytest.raises(UserError, match="not a learned token"):
+            formats.read_embeddings(path)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: raw(p, b"words")])
+def test_what_is_no_file_of_tensors_holds_no_tokens(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    make(tmp_path / "some.safetensors")
+    assert not formats.holds_tokens(tmp_path / "some.safetensors")
+
+
+def test_what_was_read_outlives_its_file(tmp_path: Path) -> None:
+    lora, token = peft(tmp_path / "lora.safetensors"), tmp_path / "token.safetensors"
+    formats.write_embedding(token, "<dog>", torch.ones(1, 4))
+    one, learned = formats.read(lora).lora[Q], formats.read_embeddings(token)["<dog>"]
+    for path in (lora, token):
+        with path.open("r+b") as file:  # in place: what is mapped would change, too
+            file.write(bytes(path.stat().st_size))
+    assert torch.equal(one.down, adapter().down) and torch.equal(one.up, adapter().up)
+    assert torch.equal(learned, torch.ones(1, 4))
+
+
+def test_the_names_of_files_are_known_without_torch() -> None:
+    code = "import sys, iteris_sd.formats.peft_files; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # What diffusers makes of our files

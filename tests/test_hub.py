@@ -538,6 +538,25 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(
     assert not fake.served("/resolve/")
 
 
+def test_a_smaller_bound_may_be_set(fake: FakeHub) -> None:
+    fake.repos["us/lora"] = {"x.safetensors": bytes(3000)}
+    with pytest.raises(
+        UserError, match="x.safetensors of us/lora has 3.0 kB and at most 2.0 kB are read here"
+    ):
+        for _ in hub.fetch_lora(LoraId("us/lora"), most=2000):
+            pass
+    assert hub.lora_files(LoraId("us/lora"), 3000)[1] == ["x.safetensors"] and not fake.served("/resolve/")
+
+
+def test_more_tokens_than_a_concept_has_are_refused_before_they_come(fake: FakeHub) -> None:
+    names = [f"{k}_emb.safetensors" for k in range(limits.MAX_EMBEDDINGS + 1)]
+    assert len(lora(fake, "x.safetensors", *names[1:])) == limits.MAX_EMBEDDINGS + 1
+    with pytest.raises(
+        UserError, match="us/lora holds 33 files of learned tokens beside x.safetensors, and a"
+    ):
+        lora(fake, "x.safetensors", *names)
+
+
 def test_learned_tokens_that_are_too_large_are_left(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_EMBEDDING_BYTES", 10)
     assert lora(fake, "x.safetensors", "x_emb.safetensors") == ["x.safetensors"]

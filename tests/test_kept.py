@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from iteris_sd import formats, limits
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
-from iteris_sd.kept import Kept
+from iteris_sd.kept import UNFINISHED, Kept
 from iteris_sd.lora import LoRA
 from tests.toys import random_adapter
 
@@ -155,7 +155,7 @@ def test_a_file_called_as_all_are_has_its_folder_s_or_repository_s_name(kept: Ke
     assert kept.add(named, origin="some/grey-fox").title == "blue"
 
 
-def test_a_concept_s_folder_is_kept_with_all_it_has(kept: Kept, dog: Path) -> None:
+def test_a_concept_s_folder_is_kept_with_all_it_has(kept: Kept, dog: Path, tmp_path: Path) -> None:
     shipped = read_concept(dog)
     added = kept.add(dog)
     assert (added.title, added.trigger, added.class_noun) == ("Our dog", "<rex> dog", "dog")
@@ -166,7 +166,8 @@ def test_a_concept_s_folder_is_kept_with_all_it_has(kept: Kept, dog: Path) -> No
         t: v.tolist() for t, v in before.tokens.items()
     }
     assert [p.tobytes() for p in added.pictures()] == [p.tobytes() for p in shipped.pictures()]
-    changed = kept.add(dog, title="Rex", weight=2, base="sd15")
+    plain = Path(shutil.copytree(dog, tmp_path / "plain", ignore=shutil.ignore_patterns("embeddings")))
+    changed = kept.add(plain, title="Rex", weight=2, base="sd15")
     assert (changed.name, changed.title, changed.weight, changed.base) == ("rex", "Rex", 2.0, "sd15")
 
 
@@ -353,8 +354,9 @@ def test_broken_tokens_are_not_kept(
     (folder / "embeddings" / "more.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="more.safetensors cannot be used"):
         kept.add(folder)
+    formats.write_embedding(folder / "embeddings" / "more.safetensors", "<more>", torch.ones(1, 16))
     monkeypatch.setattr(limits, "MAX_EMBEDDINGS", 1)
-    with pytest.raises(UserError, match="dog has 2 files of learned tokens; at most 1 are kept"):
+    with pytest.raises(UserError, match="dog has 2 learned tokens; at most 1 are kept"):
         kept.add(folder)
     assert left(kept) == []
 
@@ -458,12 +460,41 @@ def test_pictures_change_whole_or_not_at_all(
     rename = Path.rename
 
     def failing(path: Path, target: Path) -> Path:
-        return full() if path.name == "new" else rename(path, target)  # type: ignore[func-returns-value, return-value]
+        new = path.name == "references" and UNFINISHED in str(path)
+        return full() if new else rename(path, target)  # type: ignore[func-returns-value, return-value]
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(UserError, match="No space left"):
         kept.set_references("dog-2", [photo(tmp_path / "a.png")])
     assert kept.library().find("dog-2") == before and len(before.pictures()) == 2
+
+
+def test_words_pictures_and_tokens_change_together_or_not_at_all(
+    kept: Kept, dog: Path, tmp_path: Path
+) -> None:
+    before = kept.add(dog)
+    formats.write_embedding(tmp_path / "red.safetensors", "<red>", torch.ones(1, 16))
+    tokens, pictures = [tmp_path / "red.safetensors"], [photo(tmp_path / "a.png")]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    refused: list[dict[str, Any]] = [{"title": "x" * 65}, {"references": [tmp_path / "broken.png"]}]
+    for more in refused:
+        with pytest.raises(UserError):
+            kept.edit("dog-2", **{"references": pictures, "tokens": tokens, **more})
+        found = kept.library().find("dog-2")
+        assert found == before and found.load().tokens.keys() == {"<rex>"} and len(found.pictures()) == 2
+    after = kept.edit("dog-2", title="Rex", references=pictures, tokens=tokens)
+    assert (after.title, len(after.pictures()), set(after.load().tokens)) == ("Rex", 1, {"<rex>", "<red>"})
+
+
+def test_tokens_of_another_width_are_not_kept(kept: Kept, dog: Path, tmp_path: Path) -> None:
+    before = kept.add(dog)
+    formats.write_embedding(tmp_path / "wide.safetensors", "<wide>", torch.ones(1, 768))
+    told = "The token '<wide>' is 768 wide, and Storybook takes tokens of 16; it is for another model"
+    with pytest.raises(UserError, match=told):
+        kept.add_tokens("dog-2", [tmp_path / "wide.safetensors"])
+    with pytest.raises(UserError, match=told):
+        kept.add(dog, tokens=[tmp_path / "wide.safetensors"])
+    assert kept.library().find("dog-2") == before and left(kept) == ["dog-2"]
 
 
 def test_concepts_are_removed(kept: Kept, dog: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from iteris_sd import limits
 from iteris_sd.errors import UserError
-from iteris_sd.formats import patterns
+from iteris_sd.formats import patterns, peft_config
 
 Q = "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
 
@@ -43,7 +44,25 @@ def test_a_pattern_names_what_it_names_for_peft(pattern: str, named: bool) -> No
     assert patterns.read(pattern).names(Q) == named
 
 
-ATOM = st.sampled_from(["a", "b", "_", "1", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-b1]"])
+ATOM = st.sampled_from(
+    [
+        "a",
+        "b",
+        "_",
+        "1",
+        ".",
+        r"\.",
+        r"\d",
+        r"\w",
+        "[ab]",
+        "[^a]",
+        "[a-b1]",
+        "[]_.-]",
+        "[^]b-]",
+        "[0-a-.]",
+        "[-b]",
+    ]
+)
 PIECE = st.tuples(ATOM, st.sampled_from(["", "*", "+", "?", "*?"])).map("".join)
 PATTERN = st.recursive(
     st.lists(PIECE, min_size=1, max_size=4).map("".join),
@@ -63,7 +82,7 @@ def test_it_agrees_with_pythons_own_engine(pattern: str, path: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a+)+", "(a|a)*b", "a{9}", r"(a)\1", "(?=a)", "(", ")", "[", "[]", "*", "a**", "[b-a]", "é\n"],
+    ["(a+)+", "(a|a)*b", "a{9}", r"(a)\1", "(?=a)", "(", ")", "[", "[]", "[^]", "*", "a**", "[b-a]", "é\n"],
 )
 def test_what_is_not_understood_is_refused(pattern: str) -> None:
     with pytest.raises(UserError, match="of which not all is understood; write the names"):
@@ -77,3 +96,36 @@ def test_no_pattern_is_long_or_takes_long() -> None:
     assert not patterns.read(".*a" * 80 + "b").names("a." * 120)
     assert not patterns.read("(a|a|.)" * 32 + "b").names("a." * 120)
     assert time.perf_counter() - start < 1.0
+
+
+LAYERS = [
+    f"unet.down_blocks.{i}.attentions.{j}.transformer_blocks.0.attn1.to_q"
+    for i in range(20)
+    for j in range(20)
+]
+
+
+@pytest.mark.parametrize("spelling", ["{}", r"^{}$"])
+def test_a_name_for_every_layer_takes_no_time(spelling: str) -> None:
+    told = {spelling.format(name.removeprefix("unet.")): k for k, name in enumerate(LAYERS)}
+    start = time.perf_counter()
+    scales = peft_config.scales(LAYERS, {"alpha_pattern": told})
+    assert time.perf_counter() - start < 0.5
+    assert [scales[name].alpha for name in LAYERS] == list(range(400))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(lambda k: "".join(f"[^{chr(0x4E00 + 36 * k + i)}]?" for i in range(36)), id="classes"),
+        pytest.param(lambda k: "".join(f"{chr(0x4E00 + 99 * k + i)}?" for i in range(99)), id="characters"),
+        pytest.param(lambda k: ".*a" * 60 + str(k), id="stars"),
+    ],
+)
+def test_many_patterns_of_many_layers_take_no_time_or_are_refused(pattern: Callable[[int], str]) -> None:
+    told = {pattern(k): 1 for k in range(100)}
+    start = time.perf_counter()
+    peft_config.scales(LAYERS[:40], {"alpha_pattern": told})
+    assert time.perf_counter() - start < 2.0
+    with pytest.raises(UserError, match="100 patterns of alpha for 400 layers, .* at most 2,000,000 are"):
+        peft_config.scales(LAYERS, {"alpha_pattern": told})

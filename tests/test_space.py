@@ -8,6 +8,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -27,6 +28,7 @@ from iteris_sd.events import Composition, Failure, Picture, Progress, received, 
 from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
 from iteris_sd.ui import jobs, page, space
+from iteris_sd.ui.visits import Visits
 from tests.browser import ROOT
 
 
@@ -381,6 +383,30 @@ def test_what_is_usual_is_done_on_a_public_page(
     monkeypatch.setenv("SPACE_ID", "someone/iteris")
     monkeypatch.setattr(space, "_has_gpu", lambda: True)
     space.check(recipe(**changes))
+
+
+def test_whether_there_is_a_gpu_is_asked_where_torch_is_imported_by_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two threads that import it at once trip over half-made modules; `jobs.bring_in` holds the lock."""
+    brought: list[bool] = []
+    monkeypatch.setenv("SPACE_ID", "someone/iteris")
+    monkeypatch.setattr(jobs, "_there", threading.Event())
+    monkeypatch.setattr(jobs, "bring_in", lambda: brought.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(brought))
+    space.check(recipe(base="sd15"))
+    assert brought == [True]
+    code = "import sys\nfrom iteris_sd.ui import jobs\nsys.exit(jobs.device() is not None or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(("public", "seconds"), [(True, limits.MAX_PUBLIC_UPLOAD_SECONDS), (False, 6 * 3600)])
+def test_what_strangers_send_does_not_stay_long(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, public: bool, seconds: int
+) -> None:
+    if public:
+        monkeypatch.setenv("SPACE_ID", "someone/iteris")
+    assert page.build(Visits(Library.shipped())).delete_cache == (600, seconds)
 
 
 def test_a_public_link_is_as_public_as_a_space(monkeypatch: pytest.MonkeyPatch) -> None:

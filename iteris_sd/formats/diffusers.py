@@ -55,8 +55,9 @@ def scales(names: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Scale
     for component in _COMPONENTS:
         start = f"{component}."
         own = {key.removeprefix(start): value for key, value in config.items() if key.startswith(start)}
-        layers = [name for name in names if name.startswith(start)]
-        found |= peft_config.scales(layers, own if prefixed else config)
+        told = own if prefixed else config
+        if told:
+            found |= peft_config.scales([name for name in names if name.startswith(start)], told)
     return found
 
 

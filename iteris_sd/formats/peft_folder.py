@@ -15,11 +15,10 @@ from iteris_sd.errors import UserError
 from iteris_sd.formats import naming
 from iteris_sd.formats.impostors import PICKLE
 from iteris_sd.formats.layout import Claim
+from iteris_sd.formats.peft_files import COMPONENTS, CONFIG, PICKLED, WEIGHTS
 from iteris_sd.lora import LoRA
 
 NAME = "PEFT"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-COMPONENTS = ("unet", "text_encoder")
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)(?:(?P<component>unet|text_encoder)\.)?(?P<path>.+)\.lora_(?P<role>[AB])(?:\.[\w-]+)?\.weight"
@@ -48,9 +47,9 @@ def adapters(folder: Path) -> list[Path]:
     found = places(folder)
     for place in found:
         if not (place / WEIGHTS).is_file():
-            pickled = (place / "adapter_model.bin").is_file()
+            pickled = (place / PICKLED).is_file()
             raise UserError(
-                f"its weights are adapter_model.bin, a PyTorch pickle; {PICKLE} as {WEIGHTS}."
+                f"its weights are {PICKLED}, a PyTorch pickle; {PICKLE} as {WEIGHTS}."
                 if pickled
                 else f"it has {CONFIG} and no {WEIGHTS} beside it; save the adapter there again."
             )

@@ -21,6 +21,7 @@ from iteris_sd.formats import (
     kohya,
     old_diffusers,
     peft_config,
+    peft_files,
     peft_folder,
     pivotal,
     refusing,
@@ -77,6 +78,17 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
             return {token: torch.atleast_2d(_tensor(file, key)) for token, key in keys.items()}
 
 
+def holds_tokens(path: str | Path) -> bool:
+    """Whether a file is meant as learned tokens and nothing else, by the names of its tensors alone.
+
+    Whether they can be used, `read_embeddings` says. False also for what is no safetensors file.
+    """
+    try:
+        return tokens.meant(read_header(Path(path)).entries)
+    except UserError:
+        return False
+
+
 @contextmanager
 def _naming(path: Path) -> Generator[None]:
     """Put the file's name before every message."""
@@ -91,7 +103,7 @@ def _naming(path: Path) -> Generator[None]:
 
 def _read_folder(path: Path) -> LoraFile:
     folder.check(path)
-    parts = [_read_file(place / peft_folder.WEIGHTS) for place in peft_folder.adapters(path)]
+    parts = [_read_file(place / peft_files.WEIGHTS) for place in peft_folder.adapters(path)]
     layers = [name for part in parts for name in part.lora]
     if len(layers) != len(set(layers)):
         raise UserError("it holds some layers twice, in several adapters; name one of its folders.")
@@ -112,7 +124,7 @@ def _read_file(path: Path) -> LoraFile:
     header.check_size(limits.MAX_FILE_BYTES)
     scales = _scales(path, layout, header.metadata)
     with safe_open(path, framework="pt") as file:
-        layers = {n: _adapter(file, pair, scales.get(n, Scale())) for n, pair in layout.layers.items()}
+        layers = {n: _adapter(file, n, pair, scales.get(n, Scale())) for n, pair in layout.layers.items()}
         learned = {token: torch.atleast_2d(_tensor(file, key)) for token, key in layout.tokens.items()}
     shapes = {name: header.entries[pair.mid or pair.down].shape for name, pair in layout.layers.items()}
     kernels = {name: (shape[2], shape[3]) for name, shape in shapes.items() if len(shape) == 4}
@@ -180,20 +192,31 @@ def _check_mid(name: str, mid: Sequence[int], down: Sequence[int], up: Sequence[
         )
 
 
-def _adapter(file: safe_open, pair: Pair, scale: Scale) -> LowRank:
+def _adapter(file: safe_open, name: str, pair: Pair, scale: Scale) -> LowRank:
+    """A layer's adapter, scale applied. Raises UserError when its ΔW may be beyond float32."""
     down, up = _tensor(file, pair.down), _tensor(file, pair.up).flatten(1)
     if pair.mid is not None:
         down = torch.einsum("srhw,rc->schw", _tensor(file, pair.mid), down.flatten(1))
     adapter = LowRank(down.flatten(1), up)
     alpha = _tensor(file, pair.alpha).item() if pair.alpha else scale.alpha
-    if alpha is None:
-        return adapter
-    return adapter.scaled(alpha / (adapter.rank**0.5 if scale.rank_stabilised else adapter.rank))
+    if alpha is not None:
+        adapter = adapter.scaled(alpha / (adapter.rank**0.5 if scale.rank_stabilised else adapter.rank))
+    largest = adapter.rank * float(adapter.down.abs().max()) * float(adapter.up.abs().max())
+    if not largest <= torch.finfo(torch.float32).max:  # NaN neither
+        told = "none" if alpha is None else f"{alpha:g}"
+        raise UserError(
+            f"what it adds to {name} is too large for float32 (its alpha is {told}); save it again with an alpha near "
+            "its rank, or train it again."
+        )
+    return adapter
 
 
 def _tensor(file: safe_open, key: str) -> Tensor:
-    """The tensor ``key``, in float32 at least. Raises UserError when it holds NaN or infinity."""
+    """The tensor ``key``, in float32 at least, and not the file's memory: that changes with the file, or goes.
+
+    Raises UserError when it holds NaN or infinity.
+    """
     tensor = file.get_tensor(key)
     if not bool(tensor.isfinite().all()):
         raise UserError(f"its tensor {key!r} holds NaN or infinity; the training that made it has failed.")
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

@@ -36,7 +36,8 @@ _STRANGERS = (
 )
 _OTHERS = (
     (
-        r"(\.lora[._]|lora_(A|B|up|down)\b|\.(alpha|hada_\w+|lokr_\w+)$|^(unet|text_encoder):\d)",
+        r"(\.lora[._]|lora_(A|B|up|down)\b|\.(alpha|hada_\w+|lokr_\w+)$|^(unet|text_encoder):\d"
+        r"|^(lora|lycoris)_(unet|te\d?)_|^(base_model|diffusion_model|unet|text_encoders?)\.)",
         "a LoRA, not a learned token; give it as the concept's LoRA",
     ),
     (r"\.(weight|bias)$", "a part of a model, not a learned token"),
@@ -55,6 +56,12 @@ def refuse(keys: Iterable[str], kinds: Iterable[tuple[str, str]] = _STRANGERS) -
         key = next((key for key in keys if re.search(pattern, key)), None)
         if key is not None:
             raise UserError(f"it is {what} (it holds {key!r}).")
+
+
+def meant(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is meant as learned tokens and nothing else, usable or not."""
+    keys = list(keys)
+    return not any(re.search(pattern, key) for pattern, _ in _OTHERS for key in keys)
 
 
 def named(header: Header, stem: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from iteris_sd.errors import UserError
-from iteris_sd.formats import diffusers, kohya, peft_folder
+from iteris_sd.formats import diffusers, kohya, peft_files, peft_folder
 from iteris_sd.lora import LoRA
 
 LAYOUTS = ("diffusers", "kohya", "peft")
@@ -57,7 +57,7 @@ def write(
         return [path]
     written = []
     for component, part in lora.parts().items():
-        weights, config = (path / component / name for name in (peft_folder.WEIGHTS, peft_folder.CONFIG))
+        weights, config = (path / component / name for name in (peft_files.WEIGHTS, peft_files.CONFIG))
         _save(weights, peft_folder.name_tensors(part), metadata, dtype)
         settings = peft_folder.settings(part, (metadata or {}).get("base"))
         _replace(config, (json.dumps(settings, indent=2) + "\n").encode())

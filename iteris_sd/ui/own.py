@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
-from iteris_sd import bases, hub, limits
+from iteris_sd import bases, hub, limits, serving
 from iteris_sd.concepts import PICTURES, Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
@@ -125,7 +127,7 @@ def wire(
     ]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
 
-    chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove]
+    chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove, own.told]
     own.which.change(_show(visits, own), own.which, chosen, api_name="show_own", **forms.SILENT)
     own.files.upload(
         _guess(visits),
@@ -162,13 +164,18 @@ def _show(visits: Visits, own: Own) -> Callable[..., Update]:
                 own.export: gr.DownloadButton(visible=False),
                 own.remove: gr.Button(visible=False),
             }
+        try:
+            told, export = "", gr.DownloadButton(value=str(visit.export(name)), visible=True)
+        except UserError as error:
+            told, export = results.problem(str(error)), gr.DownloadButton(visible=False)
         return {
             own.title: concept.title,
             own.trigger: concept.trigger,
             own.noun: concept.class_noun,
             own.weight: concept.weight,
-            own.export: gr.DownloadButton(value=str(visit.export(name)), visible=True),
+            own.export: export,
             own.remove: gr.Button(visible=True),
+            **({own.told: told} if told else {}),
         }
 
     return show_own
@@ -229,6 +236,7 @@ def _keep(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callabl
         except UserError as error:
             yield {own.told: results.problem(str(error))}
             return
+        _forget([*files, *shown])
         uses = pickers.read(picked, visit.library)
         if all(use.name != concept.name for use in uses):
             uses += pickers.of_names([concept.name], visit.library)
@@ -236,6 +244,15 @@ def _keep(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callabl
         yield {**_shelf(form, own, visit, base, uses, told), look_at: gr.Dropdown(names(visit.library))}
 
     return keep_own
+
+
+def _forget(uploaded: Sequence[Path]) -> None:
+    """Remove what was uploaded to a public page, of which there is a copy now; Gradio would keep it for an hour."""
+    folder = Path(get_upload_folder()).resolve()
+    for path in uploaded if serving.public() else ():
+        if path.resolve().is_relative_to(folder):
+            with suppress(OSError):  # somebody else may have brought the same file, and it is gone
+                path.unlink()
 
 
 def _from_hub(

@@ -24,7 +24,7 @@ from iteris_sd.ui.form import SILENT, Update
 from iteris_sd.ui.visits import Visits
 
 TITLE = "IterIS for Stable Diffusion"
-_CLEAN_EVERY, _KEEP = 600, 6 * 3600  # seconds: files handed out for download
+_CLEAN_EVERY, _KEEP = 600, 6 * 3600  # seconds: files that were uploaded, or handed out for download
 _SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 _ICON = Path(__file__).with_name("favicon.png")
 _warm = threading.Lock()
@@ -33,7 +33,8 @@ _warm = threading.Lock()
 def build(visits: Visits, first: str | None = None) -> gr.Blocks:
     """The page, not yet launched; `first`: the base model it begins with, the usual one unless given."""
     base = bases.find(first or weights.usual(visits.library))
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_CLEAN_EVERY, _KEEP)) as page:
+    keep = limits.MAX_PUBLIC_UPLOAD_SECONDS if serving.public() else _KEEP
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_CLEAN_EVERY, keep)) as page:
         gr.HTML(
             f"<h1>{TITLE}</h1><p>Put several LoRA concepts into one picture, and compare ways of merging them.</p>",
             elem_id="header",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Generator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -29,17 +30,20 @@ _missing: dict[str, str] = {}  # those of them that could not be had, and why
 
 def device() -> str:
     """What pictures are drawn on, in words; torch must be loaded."""
-    import torch
-
     if serving.lent():
         return "a GPU that is lent for each composition"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's processor"
+    cuda = sys.modules["torch"].cuda
+    return str(cuda.get_device_name()) if cuda.is_available() else "this machine's processor"
 
 
 def _has_gpu() -> bool:
-    import torch
+    from iteris_sd.ui import jobs
 
-    return serving.lent() or torch.cuda.is_available()
+    if serving.lent():
+        return True
+    if jobs.device() is None:  # nobody has imported torch, which two threads must not begin at once
+        jobs.bring_in()
+    return bool(sys.modules["torch"].cuda.is_available())
 
 
 # ---------------------------------------------------------------- bounds

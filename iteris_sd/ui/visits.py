@@ -7,8 +7,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.history import Entry, History
 from iteris_sd.kept import Kept
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import jobs, space
+from iteris_sd.ui import jobs, room, space
 from iteris_sd.ui.takeaway import Bag, Drawn, drawn_before
 
 W = TypeVar("W", bound=jobs.Work)
@@ -144,23 +144,17 @@ class Visit:
         files: Sequence[Path],
         words: Mapping[str, Any],
         pictures: Sequence[Path] = (),
-        **more: Any,
     ) -> Concept:
         """Keep a concept from a LoRA with what belongs to it, or from a zip, as `bringing.keep` has it.
 
-        `more`: as `Kept.add` has it. Raises UserError, also when a public page has no room for it.
+        Raises UserError, also when a public page has no room for it.
         """
         jobs.bring_in()
         from iteris_sd import bringing
 
-        self._check_room(_bytes_of(files), more=1)
-        concept = bringing.keep(self._kept, files, references=pictures, **words, **more)
-        try:
-            self._check_room()  # a zip is larger when it is unpacked
-        except UserError:
-            self._kept.remove(concept.name)
-            raise
-        return concept
+        self._clear_exports()
+        with room.reserved(self._folder, bringing.size(files) + _picture_bytes(pictures), concepts=1):
+            return bringing.keep(self._kept, files, references=pictures, most=_most(), **words)
 
     def look_at(self, files: Sequence[Path]) -> Concept | str:
         """What a LoRA says of itself before it is kept; a sentence where nothing can be said. Raises UserError."""
@@ -169,7 +163,11 @@ class Visit:
 
         if any(map(bringing.is_exported, files)):
             return "This zip has words of its own; keep it as it is."
-        with bringing.sorted_out(files, self._folder) as found:
+        with (
+            room.reserved(self._folder, bringing.size(files)),
+            bringing.sorted_out(files, self._folder, _most()) as found,
+        ):
+            bringing.check_tokens(found.tokens)
             if found.source is not None:
                 return adding.opened(found.source)
         return (
@@ -184,33 +182,23 @@ class Visit:
         What a public page downloads goes at once, since no cache may grow by what strangers ask for. Raises UserError
         likewise.
         """
-        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as passing:
-            cache = Path(passing) if serving.public() else None
-            file, own, revision = yield from hub.fetch_lora(
-                id, cache, lambda size: self._check_room(size, more=1)
-            )
-            told = {"origin": str(id), "revision": revision, "tokens": (*own, *tokens)}
-            return self.add([file], words, pictures, **told)
+        jobs.bring_in()
+        from iteris_sd import bringing
 
-    def _check_room(self, coming: int = 0, more: int = 0) -> None:
-        """Raise UserError when a public page has no room for so many bytes and concepts more."""
-        if not serving.public():
-            return
-        elsewhere = "or run the page on a machine of your own"
-        if len(self.mine()) + more > (most := limits.MAX_PUBLIC_CONCEPTS):
-            raise UserError(
-                f"A visitor of this public page can keep {most} concepts; remove one, {elsewhere}."
-            )
-        own, most = _bytes_of([self._kept.folder]) + coming, limits.MAX_PUBLIC_BYTES
-        if own > most:
-            raise UserError(
-                f"With this your concepts would have {hub.readable(own)}, and a visitor of this public page can keep "
-                f"{hub.readable(most)}; remove one, {elsewhere}."
-            )
-        if _bytes_of([self._folder.parent]) + coming > limits.MAX_PUBLIC_BYTES_IN_ALL:
-            raise UserError(
-                f"This public page is full of what its visitors brought; try again later, {elsewhere}."
-            )
+        self._clear_exports()
+        beside = bringing.size(tokens) + _picture_bytes(pictures)
+        with (
+            ExitStack() as stack,
+            tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as passing,
+        ):
+
+            def reserve(size: int) -> None:
+                stack.enter_context(room.reserved(self._folder, size + beside, concepts=1))
+
+            cache = Path(passing) if serving.public() else None
+            file, own, revision = yield from hub.fetch_lora(id, cache, reserve, _most())
+            more: dict[str, Any] = {"origin": str(id), "revision": revision, "tokens": (*own, *tokens)}
+            return bringing.keep(self._kept, [file], references=pictures, **words, **more)
 
     def change(
         self,
@@ -221,7 +209,8 @@ class Visit:
     ) -> Concept:
         """Change what is said of one of one's own concepts, and its pictures where there are new ones; add tokens.
 
-        Raises UserError when a word is out of bounds, or `tokens` are other files.
+        Raises UserError when a word is out of bounds, `tokens` are other files, or a public page has no room; nothing
+        changes then.
         """
         if tokens:
             jobs.bring_in()
@@ -232,23 +221,27 @@ class Visit:
                     f"Only files of learned tokens (.safetensors) can be added to {name}; choose “A new one” to keep "
                     "another LoRA."
                 )
-            self._check_room(_bytes_of(tokens))
-            self._kept.add_tokens(name, tokens)
-        if pictures:
-            self._kept.set_references(name, pictures)
-        return self._kept.edit(name, **words)
+        with room.reserved(self._folder, room.bytes_of(tokens) + _picture_bytes(pictures)):
+            return self._kept.edit(name, references=pictures or None, tokens=tokens, **words)
 
     def remove(self, name: str) -> None:
         """Remove one of one's own concepts. Raises UserError when it cannot be."""
         self._kept.remove(name)
+        self._clear_exports()
 
     def export(self, name: str) -> Path:
-        """One of one's own concepts as a zip, in this visit's folder."""
-        folder = self._folder / "exports"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{name}.zip"
-        self._kept.export_zip(name, path)
+        """One of one's own concepts as a zip, in this visit's folder until the next one, or until concepts change.
+
+        Raises UserError when there is none, or a public page has no room for it.
+        """
+        self._clear_exports()
+        path = self._folder / "exports" / f"{name}.zip"
+        with room.reserved(self._folder, room.bytes_of([self._kept.folder / name])):
+            self._kept.export_zip(name, path)
         return path
+
+    def _clear_exports(self) -> None:
+        shutil.rmtree(self._folder / "exports", ignore_errors=True)
 
     def end(self) -> None:
         """Stop the work and remove all files."""
@@ -262,14 +255,14 @@ class Visit:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _bytes_of(places: Iterable[Path]) -> int:
-    """How many bytes files have, and all files in folders; one that goes meanwhile has none."""
-    total = 0
-    for place in places:
-        for file in place.rglob("*") if place.is_dir() else [place]:
-            with suppress(OSError):
-                total += 0 if file.is_dir() else file.lstat().st_size
-    return total
+def _most() -> int:
+    """How many bytes one file may have that a visitor brings, out of a zip or from the Hub, too."""
+    return limits.MAX_PUBLIC_FILE_BYTES if serving.public() else limits.MAX_FILE_BYTES
+
+
+def _picture_bytes(pictures: Sequence[Path]) -> int:
+    """How many bytes pictures have at most once they are kept: a PNG is hardly larger than its pixels."""
+    return len(pictures) * 3 * limits.MAX_REFERENCE_SIDE**2
 
 
 class Visits:

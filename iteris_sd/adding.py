@@ -12,7 +12,7 @@ from iteris_sd import bases, formats, guessing, hub, inspecting
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
 from iteris_sd.kept import Kept
-from iteris_sd.layers import check_fit, weight
+from iteris_sd.layers import check_fit
 from iteris_sd.lora import LoRA
 
 
@@ -31,14 +31,6 @@ def family(lora: LoRA, name: str) -> str:
         else:
             return candidate
     raise problems[0]  # that of Stable Diffusion v1.5, which people's LoRAs are for
-
-
-def text_width(family: str) -> int:
-    """How wide the text states of a family of base models are, and so the learned tokens for it."""
-    from iteris_sd import backbone
-
-    layers = backbone.skeleton(family)
-    return next(weight(layer).shape[1] for name, layer in layers.items() if name.endswith("self_attn.q_proj"))
 
 
 def opened(source: Path, origin: str = "") -> Concept:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from iteris_sd import bases, compiling, memory, prompting, sd15, weights
 from iteris_sd.errors import UserError
-from iteris_sd.layers import added, check_fit
+from iteris_sd.layers import added, check_fit, weight
 from iteris_sd.lora import LoRA, LowRank
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -308,3 +308,9 @@ def skeleton(family: str) -> Mapping[str, nn.Module]:
         return load(family).layers
     with torch.device("meta"):
         return Backbone(bases.find(family), sd15.random_pipeline()).layers
+
+
+def text_width(family: str) -> int:
+    """How wide the text states of a family of base models are, and so the learned tokens for it."""
+    layers = skeleton(family)
+    return next(weight(layer).shape[1] for name, layer in layers.items() if name.endswith("self_attn.q_proj"))

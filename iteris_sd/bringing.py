@@ -123,7 +123,8 @@ def sorted_out(files: Sequence[Path], around: Path, most: int | None = None) -> 
                 there.append(file)
             else:
                 raise UserError(
-                    f"{file.name} is of no use here; choose {_TENSORS} files, the {peft_files.CONFIG} of one, or a zip of them."
+                    f"{file.name} is of no use here; choose {_TENSORS} files, the {peft_files.CONFIG} of one, or a zip "
+                    "of them."
                 )
         yield _sorted(_together(there, draft))
 
@@ -159,8 +160,8 @@ def _together(files: Sequence[Path], draft: Path) -> list[Path]:
         return list(files)
     if len(configs) > 1 or len(loras) != 1:
         raise UserError(
-            f"There are {len(configs)} {peft_files.CONFIG} and {len(loras)} LoRAs, and one of each belongs together; bring an "
-            "adapter of several folders as a zip."
+            f"There are {len(configs)} {peft_files.CONFIG} and {len(loras)} LoRAs, and one of each belongs together; "
+            "bring an adapter of several folders as a zip."
         )
     stems = (file.stem for file in loose if _has_tensors(file) and file.stem not in USUAL_STEMS)
     folder = draft / "together" / next(stems, "my LoRA")

@@ -272,9 +272,9 @@ def _check_widths(tokens: Mapping[str, Tensor], base: str) -> None:
     """Raise UserError when a token's vectors are not as wide as the text states of the base model."""
     if not tokens:
         return
-    from iteris_sd import adding
+    from iteris_sd import backbone
 
-    width = adding.text_width(base)
+    width = backbone.text_width(base)
     for token, vectors in tokens.items():
         if vectors.shape[-1] != width:
             raise UserError(

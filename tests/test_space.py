@@ -8,7 +8,6 @@ import pickle
 import runpy
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -27,7 +26,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.events import Composition, Failure, Picture, Progress, received, sent
 from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import jobs, page, space
+from iteris_sd.ui import heavy, jobs, page, space
 from iteris_sd.ui.visits import Visits
 from tests.browser import ROOT
 
@@ -388,11 +387,10 @@ def test_what_is_usual_is_done_on_a_public_page(
 def test_whether_there_is_a_gpu_is_asked_where_torch_is_imported_by_one_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two threads that import it at once trip over half-made modules; `jobs.bring_in` holds the lock."""
+    """Two threads that import it at once trip over half-made modules; `heavy.bring_in` holds the lock."""
     brought: list[bool] = []
     monkeypatch.setenv("SPACE_ID", "someone/iteris")
-    monkeypatch.setattr(jobs, "_there", threading.Event())
-    monkeypatch.setattr(jobs, "bring_in", lambda: brought.append(True))
+    monkeypatch.setattr(heavy, "bring_in", lambda: brought.append(True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(brought))
     space.check(recipe(base="sd15"))
     assert brought == [True]

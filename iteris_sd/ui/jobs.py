@@ -22,7 +22,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.events import Picture, Progress
 from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import space
+from iteris_sd.ui import heavy, space
 from iteris_sd.ui.inline import data_uri
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from iteris_sd.ui.takeaway import Bag, Drawn
 
 T = TypeVar("T")
-_IMPORTING, _there = threading.Lock(), threading.Event()
 _LOOK_AGAIN = 0.2  # seconds
 
 
@@ -116,26 +115,9 @@ class Clock:
         return (now - self.began) * (total - done) / (done - self.first)
 
 
-def bring_in() -> None:
-    """Import what is heavy, in one thread at a time: two that begin it at once trip over half-made modules."""
-    with _IMPORTING:
-        from iteris_sd import (  # noqa: F401
-            adding,
-            backbone,
-            composer,
-            explaining,
-            previewing,
-            rendering,
-            samples,
-            scoring,
-        )
-
-        _there.set()
-
-
 def device() -> str | None:
     """What pictures are drawn on, in words; None while nobody knows yet."""
-    return space.device() if _there.is_set() else None
+    return space.device() if heavy.is_there() else None
 
 
 def load(base: str) -> None:
@@ -144,12 +126,12 @@ def load(base: str) -> None:
     Where a GPU is lent, models are loaded before anybody asks (`space.prepare`), and not in a thread: the pretended GPU
     is there in the main one only.
     """
-    bring_in()
+    heavy.bring_in()
     if serving.lent():
         return
     from iteris_sd import backbone
 
-    with _IMPORTING:  # loading imports, too
+    with heavy.IMPORTING:  # loading imports, too
         backbone.load(base)
 
 
@@ -204,7 +186,7 @@ class Work(ABC):
             self.tell(phase="stopped")
             return
         self.tell(phase="running", stage="Loading the models")
-        bring_in()
+        heavy.bring_in()
         base = bases.find(self.recipe.base)
         if (
             weights.located(base) is not None

@@ -16,7 +16,7 @@ from iteris_sd import bases, hub, limits, serving
 from iteris_sd.concepts import PICTURES, Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
-from iteris_sd.ui import jobs, results
+from iteris_sd.ui import heavy, results
 from iteris_sd.ui import picker as pickers
 from iteris_sd.ui.form import Form, Update
 from iteris_sd.ui.picker import Use
@@ -259,7 +259,7 @@ def _from_hub(
     visit: Visit, id: str, words: dict[str, Any], shown: list[Path], files: list[Path], own: Own
 ) -> Any:
     """Download a LoRA while the page shows how far it is, and keep it; `files`: its learned tokens."""
-    jobs.bring_in()
+    heavy.bring_in()
     from iteris_sd import bringing
 
     parsed = hub.parse(id)

@@ -12,7 +12,7 @@ from iteris_sd import bases, serving
 from iteris_sd.concepts import Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.ui import form as forms
-from iteris_sd.ui import jobs, own, results
+from iteris_sd.ui import heavy, own, results
 from iteris_sd.ui.inline import thumbnail
 from iteris_sd.ui.own import Own
 from iteris_sd.ui.visits import Visits
@@ -77,7 +77,7 @@ def inside(concept: Concept) -> str:
 
 def _file(concept: Concept) -> Mapping[str, str]:
     """What `inspect` finds in a concept's file."""
-    jobs.bring_in()
+    heavy.bring_in()
     from iteris_sd import inspecting
 
     found = inspecting.describe(concept.lora)

@@ -14,6 +14,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.events import received, sent
 from iteris_sd.merging import registry
 from iteris_sd.recipe import Recipe
+from iteris_sd.ui import heavy
 
 if TYPE_CHECKING:
     from iteris_sd.events import Event
@@ -37,12 +38,9 @@ def device() -> str:
 
 
 def _has_gpu() -> bool:
-    from iteris_sd.ui import jobs
-
     if serving.lent():
         return True
-    if jobs.device() is None:  # nobody has imported torch, which two threads must not begin at once
-        jobs.bring_in()
+    heavy.bring_in()
     return bool(sys.modules["torch"].cuda.is_available())
 
 
@@ -262,9 +260,8 @@ def prepare() -> None:
     if not serving.lent():
         return
     from iteris_sd import backbone, scoring
-    from iteris_sd.ui import jobs
 
-    jobs.bring_in()
+    heavy.bring_in()
     _missing.clear()
     for name in _LOADED:
         try:

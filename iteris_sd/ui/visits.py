@@ -21,7 +21,7 @@ from iteris_sd.errors import UserError
 from iteris_sd.history import Entry, History
 from iteris_sd.kept import Kept
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import jobs, room, space
+from iteris_sd.ui import heavy, jobs, room, space
 from iteris_sd.ui.takeaway import Bag, Drawn, drawn_before
 
 W = TypeVar("W", bound=jobs.Work)
@@ -134,7 +134,7 @@ class Visit:
 
     def reopen(self, entry: Entry) -> Result:
         """Show a composition of the history. Raises UserError when its recipe cannot be read."""
-        jobs.bring_in()
+        heavy.bring_in()
         scores = entry.scores()
         self._reopened = Result(entry.recipe(), drawn_before(scores, entry.folder), scores)
         return self._reopened
@@ -149,7 +149,7 @@ class Visit:
 
         Raises UserError, also when a public page has no room for it.
         """
-        jobs.bring_in()
+        heavy.bring_in()
         from iteris_sd import bringing
 
         self._clear_exports()
@@ -158,7 +158,7 @@ class Visit:
 
     def look_at(self, files: Sequence[Path]) -> Concept | str:
         """What a LoRA says of itself before it is kept; a sentence where nothing can be said. Raises UserError."""
-        jobs.bring_in()
+        heavy.bring_in()
         from iteris_sd import adding, bringing
 
         if any(map(bringing.is_exported, files)):
@@ -182,7 +182,7 @@ class Visit:
         What a public page downloads goes at once, since no cache may grow by what strangers ask for. Raises UserError
         likewise.
         """
-        jobs.bring_in()
+        heavy.bring_in()
         from iteris_sd import bringing
 
         self._clear_exports()
@@ -213,7 +213,7 @@ class Visit:
         changes then.
         """
         if tokens:
-            jobs.bring_in()
+            heavy.bring_in()
             from iteris_sd import bringing
 
             if not bringing.are_tokens(tokens):

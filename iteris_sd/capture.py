@@ -174,7 +174,9 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
+            self._placed.clear()
 
+    @torch.compiler.disable  # where samples run in a compiled model, this is not to be compiled with it
     def _hook(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         batch: MicroBatch = self._here.batch
         x, size = args[0], batch.size
@@ -190,14 +192,16 @@ class Capture:
             return
         placed = self._placed.get(adapter)
         if placed is None:
-            placed = self._placed[adapter] = adapter.to(x.device, x.dtype)
+            with self._here.muted():  # it outlives the micro-batch
+                placed = self._placed[adapter] = adapter.to(x.device, x.dtype)
         output += layers.applied(layer, placed, x)
 
     def _meet(self, name: str, x: Tensor, batch: MicroBatch) -> None:
         """Inputs have come to a layer. What is made of them here outlives the micro-batch."""
         if self._frontier is not None:
             self._frontier.restore([x])
-        with self._here.muted():
+        # What is made of inputs is added up later, also where samples run in inference mode.
+        with self._here.muted(), torch.inference_mode(False), torch.no_grad():
             self._look_at(name, x, batch)
 
     def _own(self, batch: MicroBatch) -> Mapping[str, LowRank]:

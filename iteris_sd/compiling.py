@@ -20,6 +20,9 @@ from iteris_sd.layers import added
 from iteris_sd.lora import LoRA, LowRank
 
 BACKEND: Any = "inductor"
+_GRAPHS = (
+    64  # compiled at most, one for each set of slots that are filled and each shape; torch's own bound is 8
+)
 _RANKS = 16  # adapters are padded with zeros to multiples of this, so that fewer shapes are compiled
 
 
@@ -42,11 +45,18 @@ class Compiled:
         for layer in self._layers.values():
             _fill(layer, (), 0)
             layer.register_forward_hook(_adding)
+        torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
         self._call: Callable[..., Any] = torch.compile(unet, backend=BACKEND)
 
     def __call__(self, *args: Any) -> Any:
-        """The U-Net's prediction, with what lies in the slots."""
-        return self._call(*args)
+        """The U-Net's prediction, with what lies in the slots. Raises UserError when it cannot be compiled."""
+        try:
+            return self._call(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"The model could not be compiled: {first}. Install a C++ compiler, or set ITERIS_SD_COMPILE=off."
+            ) from error
 
     @contextmanager
     def filled(self, loras: Sequence[LoRA], rows: int = 0) -> Iterator[None]:

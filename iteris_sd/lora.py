@@ -14,6 +14,7 @@ A layer's name is ``<component>.<module path>``, components being ``unet`` and `
 ``text_encoder.encoder.layers.0.self_attn.q_proj`` (no ``text_model.``, whatever the file or the module says).
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,14 +110,14 @@ class LowRank:
         return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype))
 
     def balanced(self) -> "LowRank":
-        """The same ΔW with factors of one size in the root mean square; as it is where one of them is zero."""
+        """The same ΔW with factors of about one size in the root mean square; as it is where one of them is zero."""
         sizes = [
             float(factor.detach().float().square().mean().sqrt()) if factor.numel() else 0.0
             for factor in (self.down, self.up)
         ]
         if not min(sizes) > 0:
             return self
-        share = (sizes[1] / sizes[0]) ** 0.5
+        share = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)  # a power of two costs no digit
         return LowRank(self.down * share, self.up / share)
 
     @staticmethod

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 WORK = 2 * 1024**3  # what one 512 px picture under guidance needs beside the weights, with room for a merge
-MORE = 4 * 1024**3  # beside that, for so many bytes four more pictures are drawn in one batch
+MORE = 4 * 1024**3  # beside that, for so many bytes four more pictures are drawn in one batch, in halves
 # How drivers and libraries say it, in lower case; cuDNN finds no engine when there is no room for any one's workspace.
 _RAN_OUT = ("out of memory", "enough memory", "allocate memory", "alloc_failed", "unable to find an engine")
 
@@ -66,7 +66,7 @@ def placed(pipeline: StableDiffusionPipeline, device: torch.device) -> Plan:
 
 
 @contextmanager
-def together(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+def kept_together(pipeline: StableDiffusionPipeline) -> Iterator[None]:
     """Within the block text encoder and U-Net are on the device at once, where parts of the model wait elsewhere.
 
     A merge has samples waiting in both. Only the two do not drive each other out; another part still does.
@@ -77,6 +77,8 @@ def together(pipeline: StableDiffusionPipeline) -> Iterator[None]:
     try:
         for hook in hooks:
             hook.prev_module_hook = None
+        for part, hook in zip(parts, hooks, strict=False):
+            part.to(hook.execution_device)
         yield
     finally:
         for hook, other in zip(hooks, before, strict=True):
@@ -90,14 +92,15 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _RAN_OUT)
 
 
-def batches(device: torch.device) -> int:
-    """How many batches of four pictures of 512 px fit into one on this device, which holds the model already: 1 to 4.
+def enlarged(unet: nn.Module) -> int:
+    """How many times as many pictures as four of 512 px may be drawn in one batch where the U-Net is: 1 to 4.
 
     More at once would not be drawn faster: so many rows keep a large GPU busy.
     """
-    if device.type != "cuda":
+    weight = next(unet.parameters())
+    if weight.device.type != "cuda" or hasattr(unet, "_hf_hook"):
         return 1
-    return min(4, 1 + max(0, free(device) - WORK) // MORE)
+    return min(4, 1 + max(0, free(weight.device) - WORK) // (MORE * weight.element_size() // 2))
 
 
 def tidy() -> None:

@@ -191,7 +191,7 @@ def _within_memory(
 
     for parts in _SMALLER:
         try:
-            with memory.together(backbone.pipeline):
+            with memory.kept_together(backbone.pipeline):
                 return (yield from attempt(parts))
         except (RuntimeError, MemoryError) as error:
             if not memory.ran_out(error):

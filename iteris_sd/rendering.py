@@ -2,7 +2,8 @@
 
 On a CPU pictures are drawn one by one. Batches would be a little faster, but matrix products round differently in
 batches of another size, and a seed's picture must not depend on which others were asked for. On a GPU, where batches
-are much faster, several seeds are drawn together, and a picture may differ by rounding if other seeds are asked for.
+are much faster, several seeds and columns are drawn together, as many as its memory allows, and a picture may differ by
+rounding if others are asked for.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def together(backbone: Backbone, settings: Settings) -> int:
     _, height, width = backbone.latent_shape(settings.size)
     if backbone.device.type == "cpu":
         return 1
-    return max(1, memory.batches(backbone.device) * _AT_ONCE // (height * width))
+    return max(1, memory.enlarged(backbone.unet) * _AT_ONCE // (height * width))
 
 
 def batches(columns: int, seeds: Sequence[int], most: int) -> Iterator[tuple[slice, Sequence[int]]]:

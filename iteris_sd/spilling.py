@@ -66,7 +66,9 @@ class Frontier:
         """Within the block, what this thread makes belongs to the piece ``key``."""
         with _Watch(self, self._made.setdefault(key, {})) as watch:
             yield watch
-        self._leave(key)
+        failed = self._left(key)
+        if failed is not None:
+            raise failed
 
     def paused(self, key: Hashable) -> None:
         """The piece is about to stand still: count what all hold, and spill it if that is too much."""
@@ -90,19 +92,25 @@ class Frontier:
 
     def close(self) -> None:
         """Forget everything, and the file; what outlives its work gets its memory back."""
-        for key in list(self._made):
-            self._leave(key)
+        failures = [failed for key in list(self._made) if (failed := self._left(key)) is not None]
         if self._file is not None:
             self._file.close()
+        if failures:
+            raise failures[0]
 
-    def _leave(self, key: Hashable) -> None:
-        """Forget a piece of work that has ended."""
+    def _left(self, key: Hashable) -> Exception | None:
+        """Forget a piece of work that has ended; what went wrong with what outlives it."""
+        failed: Exception | None = None
         for storage in self._living(self._made[key]):
             away = self._away.pop(storage._cdata, None)
             if away is not None:
-                self._fill(storage, away)
+                try:
+                    self._fill(storage, away)
+                except (RuntimeError, MemoryError, OSError) as error:  # the others can still be brought back
+                    failed = error
         del self._made[key]
         self._held.pop(key, None)
+        return failed
 
     def _living(self, made: _Made) -> list[torch.UntypedStorage]:
         """A piece's memory that tensors still use; the rest is forgotten."""
@@ -145,18 +153,21 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, frontier: Frontier, made: _Made) -> None:
         super().__init__()
-        self._frontier, self._made = frontier, made
+        self._frontier, self._made, self._muted = frontier, made, False
 
     @contextmanager
     def muted(self) -> Iterator[None]:
         """Within the block, what is made belongs to nobody; nothing that lies in the file may be read there."""
-        if _get_current_dispatch_mode() is not self:
-            raise ValueError("watched work may not change the dispatch modes of torch around its layers")
-        self.__exit__(None, None, None)
+        on_top = _get_current_dispatch_mode() is self  # else it cannot be taken off, and only looks away
+        if on_top:
+            self.__exit__(None, None, None)
+        self._muted = True
         try:
             yield
         finally:
-            self.__enter__()
+            self._muted = False
+            if on_top:
+                self.__enter__()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -165,6 +176,8 @@ class _Watch(TorchDispatchMode):
         given = _tensors((*args, *(kwargs or {}).values()))
         self._frontier.restore(given)
         result = func(*args, **(kwargs or {}))
+        if self._muted:
+            return result
         for tensor in _tensors((result,)):
             storage = tensor.untyped_storage()
             address = storage._cdata

@@ -70,8 +70,9 @@ def test_it_draws_the_same_in_a_few_graphs(toy: Path, counted: list[int]) -> Non
 
 def test_columns_at_once_are_those_apart(toy: Path, counted: list[int]) -> None:
     compiled = backbones.load("storybook")
-    several = finish(rendering.render_columns(compiled, looks(compiled), "", [1, 2], SETTINGS))
-    for look, made in zip(looks(compiled), several, strict=True):
+    some = looks(compiled)[::2]
+    several = finish(rendering.render_columns(compiled, some, "", [1, 2], SETTINGS))
+    for look, made in zip(some, several, strict=True):
         for one, want in zip(made, drawn(compiled, look, [1, 2]), strict=True):
             assert np.abs(np.asarray(one.image, dtype=int) - want).max() <= 1
 

@@ -32,6 +32,7 @@ from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.events import Composition, MergeDone
 from iteris_sd.merging import METHODS
+from iteris_sd.merging.moments import Moments
 from iteris_sd.recipe import Recipe
 from iteris_sd.rendering import SAMPLERS, Drawn, Look, Settings
 from tests import simulated_gpu, toybook
@@ -172,8 +173,12 @@ def test_a_large_gpu_draws_more_at_once() -> None:
     sizes = {}
     for free in (2 * GB, 8 * GB, 80 * GB):
         with simulated_gpu.installed(free):
-            sizes[free] = memory.batches(GPU)
-    assert sizes == {2 * GB: 1, 8 * GB: 2, 80 * GB: 4} and memory.batches(torch.device("cpu")) == 1
+            sizes[free] = [
+                memory.enlarged(torch.nn.Linear(1, 1, device="cuda", dtype=dtype))
+                for dtype in (torch.float16, torch.float32)
+            ]
+    assert sizes == {2 * GB: [1, 1], 8 * GB: [2, 1], 80 * GB: [4, 4]}
+    assert memory.enlarged(torch.nn.Linear(1, 1)) == 1
 
 
 def test_pictures_are_cut_into_batches_seeds_first() -> None:
@@ -241,11 +246,12 @@ def test_merging_goes_on_where_parts_of_the_model_wait(parameters: dict, toy: Pa
 
 def test_the_shipped_model_and_scorer_work_on_a_gpu(gpu: None) -> None:
     try:
-        work = composer.compose(asked("linear", seeds=[1]), Library.shipped(), previews=True)
-        *_, made = work
-        assert isinstance(made, Composition) and made.pictures[0].score.text_cosine is not None
+        backbones.load("storybook")
     except UserError as absent:
         pytest.skip(str(absent))
+    try:
+        *_, made = composer.compose(asked("linear", seeds=[1]), Library.shipped(), previews=True)
+        assert isinstance(made, Composition) and made.pictures[0].score.text_cosine is not None
     finally:
         backbones.forget()
         scoring.load.cache_clear()
@@ -264,8 +270,17 @@ def test_what_waits_on_a_gpu_is_bounded_by_its_memory() -> None:
         assert spilling.bound(torch.device("cpu")) == 4 * GB
 
 
+@pytest.mark.parametrize("width", [700, 768, 1600])
+def test_moments_are_the_same_in_wide_blocks(width: int) -> None:
+    x, y = torch.randn(2, 30, width, dtype=torch.float64)
+    with simulated_gpu.installed():
+        found = Moments.of(x.to("cuda"), y.to("cuda"))
+        for part, wanted in ((found.own, x.T @ x), (found.merged, y.T @ y), (found.cross, y.T @ x)):
+            torch.testing.assert_close(part.cpu(), wanted)
+
+
 @pytest.mark.parametrize("parameters", [{}, {"iterations": 2}])
-def test_moments_are_the_same_in_wide_blocks(parameters: dict) -> None:
+def test_the_engine_alone_merges_there(parameters: dict) -> None:
     toy = attention_stack()
     loras, batches = problem(toy, (2, 3))
     wanted = finish(calibration.merge(toy.modules, loras, toy.samples(batches, 2), "iteris", parameters))

@@ -47,6 +47,12 @@ def test_small_factors_keep_their_digits_in_halves(small: float) -> None:
     rng = torch.Generator().manual_seed(0)
     down, up = torch.randn(4, 30, generator=rng), small * torch.randn(20, 4, generator=rng)
     wanted, found = up @ down, LowRank(down, up).to(dtype=torch.float16)
+    coarse = LowRank(down.bfloat16(), up.bfloat16())
+    apart = (
+        coarse.to(dtype=torch.float16).to(dtype=torch.float64).delta()
+        - coarse.to(dtype=torch.float64).delta()
+    )
+    assert float(apart.norm() / wanted.norm()) < 1e-5  # fewer digits come whole into more
     assert found.up.dtype == found.down.dtype == torch.float16
     made = found.to(dtype=torch.float32).delta()
     assert float((made - wanted).norm() / wanted.norm()) < 1e-3

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,32 @@ def test_work_given_up_half_way_leaves_whole_what_outlives_it() -> None:
     piece.close()
     frontier.close()
     assert kept[0].sum() == torch.arange(50_000.0).sum()
+
+
+def test_where_one_cannot_be_brought_back_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    frontier, kept = Frontier(0), list[Tensor]()
+
+    def work() -> None:
+        with frontier.watched("one"):
+            kept.extend(torch.full((50_000,), float(k)) for k in range(3))
+            frontier.paused("one")
+            piece.pause()
+
+    piece = Pausable(work)
+    piece.resume()
+    fill, tried = frontier._fill, list[int]()
+
+    def scarce(storage: torch.UntypedStorage, away: Any) -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise MemoryError
+        fill(storage, away)
+
+    monkeypatch.setattr(frontier, "_fill", scarce)
+    piece.close()
+    with pytest.raises(MemoryError):
+        frontier.close()
+    assert len(tried) == 3 and sum(tensor.untyped_storage().nbytes() > 0 for tensor in kept) == 2
 
 
 def test_an_error_does_not_hold_what_the_work_held() -> None:

@@ -150,10 +150,11 @@ def _next_solve(
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise
-        work.close()
-        memory.tidy()
-        return None
-    return took, dense
+    else:
+        return took, dense
+    work.close()
+    memory.tidy()
+    return None
 
 
 def _step(problem: Problem, size: Size) -> float:

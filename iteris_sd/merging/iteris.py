@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from iteris_sd.lora import LowRank, inner
+from iteris_sd.lora import LowRank
 from iteris_sd.merging.decomposing import Decomposition, cut
 from iteris_sd.merging.moments import Moments
-from iteris_sd.merging.solving import Solution, adaptive_weight, solve_terms
+from iteris_sd.merging.solving import Solution, adaptive_weight, energies, size_over_energy, solve_terms
 
 
 def solve(
@@ -109,10 +109,10 @@ def _absent_weight(adapters: Sequence[LowRank], m: Moments, base: Tensor | None)
     """λ_n of a concept that does not touch the layer, where eq. 8 is 0/0: from what the others' ΔW_k do to its inputs,
     Σ_k ‖ΔW_k‖²_F / Σ_k ‖X_n ΔW_kᵀ‖²_F; from W0 where the base weight is given. Ours: the paper leaves it open."""
     if base is not None:
-        W = base.to(m.own)
-        return float(W.square().sum() / ((W @ m.own) * W).sum())
-    energy = sum(inner(a, a, m.own).item() for a in adapters)
-    return sum(inner(a, a).item() for a in adapters) / energy if energy > 0 else 0.0
+        return size_over_energy(base.to(m.own), m)
+    parts = [energies(adapter, m) for adapter in adapters]
+    norm, energy, noise = (sum(one) for one in zip(*parts, strict=True))
+    return norm / energy if energy > noise else 0.0
 
 
 def regularised_sum(terms: Sequence[tuple[float, Tensor]], alpha: float) -> Tensor:

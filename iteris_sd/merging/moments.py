@@ -74,9 +74,7 @@ class Sums:
         self._sums: list[Tensor] = []  # XᵀX, X̃ᵀX and X̃ᵀX̃ in float64; of the symmetric ones the upper blocks
         self._rough: list[Tensor] = []  # what is not in them yet
         self._waiting = self._count = 0
-        self._apart: Tensor | float = (
-            0.0  # a tensor: asking a GPU for the number would make it wait each time
-        )
+        self._apart: Tensor | float = 0.0  # a number only at the end: a GPU would be waited for each time
 
     def add(self, X: Tensor, X_merged: Tensor | None = None) -> None:
         """Add the inputs X and X̃, each (…, in) and paired row by row; X̃ = X unless given, and then always so."""

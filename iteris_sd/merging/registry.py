@@ -116,13 +116,7 @@ class Method:
         """Every parameter of the method, defaults filled in. Raises UserError for bad names or values."""
         for name in parameters:
             self.parameter(name)
-        settings = {p.name: p.validate(parameters.get(p.name, p.default)) for p in self.parameters}
-        if settings.get("tolerance") and settings["iterations"] is None:
-            raise UserError(
-                "tolerance ends iterations early, and a sweep has none; give a number of iterations as well, or no "
-                "tolerance."
-            )
-        return settings
+        return {p.name: p.validate(parameters.get(p.name, p.default)) for p in self.parameters}
 
     def parameter(self, name: str) -> Parameter:
         """The parameter called ``name``. Raises UserError when there is none."""
@@ -245,7 +239,7 @@ _TOLERANCE = Parameter(
     low=0.0,
     high=1.0,
     scope="run",
-    help="Iterations end early once no layer's ΔW changes by more than this share; 0: never.",
+    help="Iterations, where a number of them is given, end early once no layer's ΔW changes by more than this share.",
 )
 
 _METHODS = (

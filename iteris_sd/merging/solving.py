@@ -11,6 +11,7 @@
 B_n ΔW_nᵀ = R_n up_nᵀ has rank r_n, so ΔW = Σ_n up_n · [A⁻¹ R_n]ᵀ: keep the up_n, solve for Σ r_n columns only.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -106,14 +107,30 @@ def adaptive_weight(adapter: LowRank, m: Moments, base: Tensor | None = None) ->
     W is ΔW, or ``base`` + ΔW where the base weight (out, in) is given.
     """
     if base is not None:
-        W = base.to(m.own) + adapter.to(m.own.device, m.own.dtype).delta()
-        return float(W.square().sum() / ((W @ m.own) * W).sum())
-    norm, energy = inner(adapter, adapter).item(), inner(adapter, adapter, m.own).item()
+        return size_over_energy(base.to(m.own) + adapter.to(m.own.device, m.own.dtype).delta(), m)
+    norm, energy, noise = energies(adapter, m)
+    if energy <= noise or norm <= _vanishing(adapter):
+        return 0.0
+    return norm / energy  # not a number where a factor is none: the solve refuses it
+
+
+def size_over_energy(W: Tensor, m: Moments) -> float:
+    """‖W‖²_F / ‖X Wᵀ‖²_F of a dense W (out, in); 0 where W has no effect on the inputs."""
+    energy = float(((W @ m.own) * W).sum())
+    return 0.0 if energy <= 0 else float(W.square().sum()) / energy
+
+
+def energies(adapter: LowRank, m: Moments) -> tuple[float, float, float]:
+    """‖ΔW‖²_F, ‖X ΔWᵀ‖²_F, and how far the rounding of XᵀX may put the latter off."""
     # An error E of XᵀX changes the energy by ⟨ΔWᵀΔW, E⟩, thus by ‖ΔWᵀΔW‖ ‖E‖ at most.
     noise = _ROUNDINGS * m.rounding * m.own.norm().item() * _gram_norm(adapter)
-    return (
-        0.0 if norm <= 0 or energy <= noise else norm / energy
-    )  # what is no number stays none, and is refused
+    return inner(adapter, adapter).item(), inner(adapter, adapter, m.own).item(), noise
+
+
+def _vanishing(adapter: LowRank) -> float:
+    """What is left of ‖ΔW‖² where its factors cancel to rounding."""
+    size = math.prod(float(factor.detach().double().square().sum()) for factor in (adapter.down, adapter.up))
+    return torch.finfo(torch.float64).eps * max(adapter.shape) * size
 
 
 def _gram_norm(adapter: LowRank) -> float:

@@ -1,9 +1,9 @@
 """How much memory paused work holds on to, and a place on disk for it when that is too much.
 
 Work that stands still deep inside a library's calls keeps its activations in frames that nobody else can reach. But
-every tensor is made by an operation of torch, and those can be watched: `Frontier` remembers, weakly, the memory that
-each piece of work has asked for. When the pieces together hold more than a bound, the one that pauses has its memory
-written to a file and freed; its tensors stay, empty, and are filled again by the first operation that touches them.
+every tensor is made by an operation of torch, and those can be watched: `Frontier` remembers, weakly, what each piece
+of work has made. When the pieces together hold more than a bound, the one that pauses has its tensors' memory written
+to a file and freed; the tensors stay, empty, and are filled again by the first operation that touches them.
 """
 
 import tempfile
@@ -17,20 +17,22 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from iteris_sd import limits, memory
 
 SMALL = 64 * 1024  # bytes; what is smaller stays in memory, since a file has its price, too
 
 
-# The memory of a piece of work, by address; while it is referred to, even weakly, no other gets the same address.
-_Made = dict[int, StorageWeakRef]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Away:
-    """Where in the file memory lies, in bytes."""
+    """Where in the file memory lies, in bytes.
 
+    `ref`: to that memory; as long as it is referred to, even so, no other gets the same address. Kept for what is in
+    the file alone: of memory that has been freed it would leave a crumb, which keeps a heap from shrinking.
+    """
+
+    ref: StorageWeakRef
     offset: int
     size: int
 
@@ -54,7 +56,7 @@ class Frontier:
     def __init__(self, most: int | None = None) -> None:
         self.peak, self.spilled = 0, 0
         self._most = most
-        self._made: dict[Hashable, _Made] = {}
+        self._made: dict[Hashable, WeakTensorKeyDictionary] = {}
         self._held: dict[Hashable, int] = {}  # bytes in memory of each piece that stands still
         self._away: dict[int, _Away] = {}
         self._file: IO[bytes] | None = None  # opened by the first spill: most work needs none
@@ -64,7 +66,7 @@ class Frontier:
     @contextmanager
     def watched(self, key: Hashable) -> Iterator["_Watch"]:
         """Within the block, what this thread makes belongs to the piece ``key``."""
-        with _Watch(self, self._made.setdefault(key, {})) as watch:
+        with _Watch(self, self._made.setdefault(key, WeakTensorKeyDictionary())) as watch:
             yield watch
         failed = self._left(key)
         if failed is not None:
@@ -72,7 +74,7 @@ class Frontier:
 
     def paused(self, key: Hashable) -> None:
         """The piece is about to stand still: count what all hold, and spill it if that is too much."""
-        storages = self._living(self._made[key])
+        storages = self._living(key)
         self._held[key] = sum(storage.nbytes() for storage in storages)
         here = sum(self._held.values())
         self.peak = max(self.peak, here + sum(away.size for away in self._away.values()))
@@ -101,7 +103,7 @@ class Frontier:
     def _left(self, key: Hashable) -> Exception | None:
         """Forget a piece of work that has ended; what went wrong with what outlives it."""
         failed: Exception | None = None
-        for storage in self._living(self._made[key]):
+        for storage in self._living(key):
             away = self._away.pop(storage._cdata, None)
             if away is not None:
                 try:
@@ -112,14 +114,13 @@ class Frontier:
         self._held.pop(key, None)
         return failed
 
-    def _living(self, made: _Made) -> list[torch.UntypedStorage]:
-        """A piece's memory that tensors still use; the rest is forgotten."""
-        for address in [address for address, ref in made.items() if ref.expired()]:
-            del made[address]
-            away = self._away.pop(address, None)
-            if away is not None:
-                self._free.setdefault(away.size, []).append(away.offset)
-        return [torch.UntypedStorage._new_with_weak_ptr(address) for address in made]
+    def _living(self, key: Hashable) -> list[torch.UntypedStorage]:
+        """The memory that a piece's tensors share; places in the file of what is no more are given back."""
+        for address in [address for address, away in self._away.items() if away.ref.expired()]:
+            away = self._away.pop(address)
+            self._free.setdefault(away.size, []).append(away.offset)
+        storages = (tensor.untyped_storage() for tensor in self._made[key])
+        return list({storage._cdata: storage for storage in storages}.values())
 
     def _spill(self, storages: Sequence[torch.UntypedStorage]) -> int:
         """Write memory to the file and free it; returns the number of bytes."""
@@ -134,7 +135,7 @@ class Frontier:
             self._file.seek(offset)
             # A copy: memory that numpy has seen cannot be freed any more.
             self._file.write(_bytes(storage).to("cpu", copy=True).numpy().data)
-            self._away[storage._cdata] = _Away(offset, size)
+            self._away[storage._cdata] = _Away(StorageWeakRef(storage), offset, size)
             self.spilled += size
             storage.resize_(0)
         return self.spilled - before
@@ -151,7 +152,7 @@ class Frontier:
 class _Watch(TorchDispatchMode):
     """Sees every operation of its thread: restores what it reads, remembers what it makes."""
 
-    def __init__(self, frontier: Frontier, made: _Made) -> None:
+    def __init__(self, frontier: Frontier, made: WeakTensorKeyDictionary) -> None:
         super().__init__()
         self._frontier, self._made, self._muted = frontier, made, False
 
@@ -178,12 +179,11 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self._muted:
             return result
+        # What shares the memory of something not made here, as a weight's transpose does, is not ours to spill.
+        foreign = {_address(t) for t in given if t not in self._made}
         for tensor in _tensors((result,)):
-            storage = tensor.untyped_storage()
-            address = storage._cdata
-            # What shares the memory of something not made here, as a weight's transpose does, is not ours to spill.
-            if address not in self._made and all(t.untyped_storage()._cdata != address for t in given):
-                self._made[address] = StorageWeakRef(storage)
+            if _address(tensor) not in foreign:
+                self._made[tensor] = None
         return result
 
 
@@ -196,6 +196,10 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += [one for one in value if isinstance(one, Tensor)]
     return found
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -4,7 +4,7 @@ their shapes, and nothing is kept that does not fit it."""
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def opening(library: Library, names: Iterable[str]) -> Generator[tuple[int, int]
             continue
         id = None if path.exists() else hub.parse(name)
         if id is not None:
-            fetched = yield from fetch(id)
+            fetched = yield from hub.fetch_lora(id)
             concept = opened(fetched.file, str(id))
             found[name] = replace(concept, embeddings=fetched.tokens, revision=fetched.revision)
         elif path.suffix or len(path.parts) > 1 or path.exists():
@@ -101,17 +101,3 @@ def unpack(kept: Kept, path: Path, most: int | None = None) -> Concept:
         kept.remove(concept.name)
         raise
     return concept
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A LoRA from the Hub: where its file and those of its learned tokens lie in the cache, and the commit."""
-
-    file: Path
-    tokens: tuple[Path, ...]
-    revision: str
-
-
-def fetch(id: hub.LoraId) -> Generator[tuple[int, int], None, Fetched]:
-    """Download a LoRA from the Hub; yield bytes done and bytes in all. Raises UserError when it cannot be had."""
-    return Fetched(*(yield from hub.fetch_lora(id)))

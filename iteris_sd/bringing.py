@@ -175,16 +175,13 @@ def _together(files: Sequence[Path], draft: Path) -> list[Path]:
 def _sorted(files: Sequence[Path]) -> Brought:
     """One LoRA and its tokens. Raises UserError when there are several."""
     from iteris_sd import formats
-    from iteris_sd.formats import peft_folder
 
     tensors = [file for file in files if _has_tensors(file)]
     tokens = tuple(file for file in tensors if _is_token(file))
     adapters = [file.parent for file in files if file.name == peft_files.CONFIG]
-    sources = {place.parent if place.name in peft_folder.COMPONENTS else place for place in adapters}
-    weights = {place / peft_folder.WEIGHTS for place in adapters}
-    whole = {
-        place.parent for place in weights & set(files)
-    }  # what lies beside an adapter's weights is another LoRA
+    sources = {place.parent if place.name in peft_files.COMPONENTS else place for place in adapters}
+    weights = {place / peft_files.WEIGHTS for place in adapters}
+    whole = {place.parent for place in weights & set(files)}  # what lies beside these weights is another LoRA
     owned = weights | {file for file in tensors if file.parent in adapters and file.parent not in whole}
     sources |= {file for file in tensors if file not in tokens and file not in owned}
     if len(sources) > 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Thread, current_thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from iteris_sd import limits, serving
 from iteris_sd.errors import UserError
@@ -271,13 +271,21 @@ def lora_files(wanted: LoraId, most: int | None = None) -> tuple[Listing, list[s
     return found, [*names, *tokens]
 
 
+class Fetched(NamedTuple):
+    """A LoRA from the Hub: where its file and those of its learned tokens lie, and the commit."""
+
+    file: Path
+    tokens: tuple[Path, ...]
+    revision: str
+
+
 def fetch_lora(
     wanted: LoraId,
     cache: Path | None = None,
     check: Callable[[int], None] = lambda size: None,
     most: int | None = None,
-) -> Generator[tuple[int, int], None, tuple[Path, tuple[Path, ...], str]]:
-    """Download a LoRA and its learned tokens as `fetch` does; return its file, those of its tokens, and the commit.
+) -> Generator[tuple[int, int], None, Fetched]:
+    """Download a LoRA and its learned tokens as `fetch` does.
 
     `check` hears how many bytes it has before they come, and may raise; `most`: how many the LoRA may have.
     """
@@ -285,7 +293,7 @@ def fetch_lora(
     check(sum(there.files[name] for name in names))
     folder = yield from fetch(there.repo, names, there.revision, cache)
     first, *more = [folder / name for name in names]
-    return first, tuple(path for path in more if path.suffix == ".safetensors"), there.revision
+    return Fetched(first, tuple(path for path in more if path.suffix == ".safetensors"), there.revision)
 
 
 def _named(file: str, wanted: LoraId, files: Mapping[str, int]) -> str:

@@ -30,7 +30,9 @@ class Shares:
         if self.absent == "zero":
             return dict.fromkeys(names, everyone)
         holders = {name: tuple(n for n in everyone if name in self.loras[n]) for name in names}
-        return {name: tuple(n for n in who if self._changes(n, name)) or who for name, who in holders.items()}
+        return {
+            name: tuple(n for n in who if name in self._changed[n]) or who for name, who in holders.items()
+        }
 
     @cached_property
     def contested(self) -> frozenset[str]:
@@ -42,17 +44,18 @@ class Shares:
 
     def adapters(self, name: str) -> list[LowRank]:
         """The participants' adapters at a layer; of rank 0 where a LoRA does not touch it."""
+        who = self.participants[name]
         nothing = LowRank.nothing(next(lora[name] for lora in self.loras if name in lora))
-        changed = any(self._changes(n, name) for n in self.participants[name])
-        return [
-            self.loras[n].get(name, nothing) if self._changes(n, name) or not changed else nothing
-            for n in self.participants[name]
-        ]
+        live = [n for n in who if name in self._changed[n]] or who
+        return [self.loras[n].get(name, nothing) if n in live else nothing for n in who]
 
-    def _changes(self, n: int, name: str) -> bool:
-        """Whether LoRA n does anything at a layer."""
-        adapter = self.loras[n].get(name)
-        return adapter is not None and bool(adapter.up.any()) and bool(adapter.down.any())
+    @cached_property
+    def _changed(self) -> tuple[frozenset[str], ...]:
+        """The layers at which each LoRA does anything."""
+        return tuple(
+            frozenset(name for name, one in lora.items() if bool(one.up.any()) and bool(one.down.any()))
+            for lora in self.loras
+        )
 
 
 def shares(loras: Sequence[LoRA], method: registry.Method, settings: Mapping[str, Any]) -> Shares:

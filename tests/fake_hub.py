@@ -18,6 +18,9 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 PIECE = 16 * 1024
 
 
@@ -49,6 +52,14 @@ class FakeHub:
     def endpoint(self) -> str:
         """Its address."""
         return f"http://127.0.0.1:{self.port}"
+
+    def stand_in(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Be the Hub for whoever asks for it, with a cache in this folder."""
+        patch.setattr(constants, "ENDPOINT", self.endpoint)
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     @property
     def store(self) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from iteris_sd import adding, formats, hub
@@ -50,11 +49,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     formats.write_embedding(token, "<sks>", torch.ones(2, 768))
     files = {"pytorch_lora_weights.safetensors": lora.read_bytes(), token.name: token.read_bytes()}
     with FakeHub({"us/dog": files}).running() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
-        template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        fake.stand_in(monkeypatch, tmp_path / "cache")
         yield fake
 
 
@@ -102,7 +97,7 @@ def test_paths_and_names_are_opened(toy: Path, tmp_path: Path) -> None:
 def test_a_concept_comes_from_the_hub_with_its_tokens(toy: Path, fake: FakeHub, kept: Kept) -> None:
     id = hub.parse("us/dog")
     assert id is not None
-    got = finish(adding.fetch(id))
+    got = finish(hub.fetch_lora(id))
     assert re.fullmatch("[0-9a-f]{40}", got.revision)
     concept = adding.keep(kept, got.file, origin="us/dog", revision=got.revision, tokens=got.tokens)
     assert (concept.name, concept.trigger, concept.class_noun) == ("dog-2", "sks dog", "dog")
@@ -122,7 +117,7 @@ def test_a_visitor_of_a_public_page_looks_with_nobodys_eyes(
     monkeypatch.setenv("SPACE_ID", "us/space")
     id = hub.parse("us/dog")
     assert id is not None
-    finish(adding.fetch(id))
+    finish(hub.fetch_lora(id))
     assert fake.asked and not any("hf_secret" in str(asked) for asked in fake.asked)
 
 

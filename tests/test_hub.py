@@ -35,14 +35,7 @@ MODEL = {
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A Hub, a cache of its own and somebody who is logged in."""
     with FakeHub({"us/model": dict(MODEL)}).running() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        fake.stand_in(monkeypatch, tmp_path / "cache")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         monkeypatch.setattr(hub, "_PATIENCE", 1.0)
         yield fake

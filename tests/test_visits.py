@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -63,11 +62,7 @@ def token(tmp_path: Path) -> Path:
 def fake(tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A Hub with one LoRA, and an empty cache."""
     with FakeHub({"us/dog": {"dog.safetensors": lora.read_bytes()}}).running() as fake:
-        monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
-        template = fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        fake.stand_in(monkeypatch, tmp_path / "cache")
         yield fake
 
 

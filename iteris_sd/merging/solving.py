@@ -129,15 +129,20 @@ def energies(adapter: LowRank, m: Moments) -> tuple[float, float, float]:
 
 def _vanishing(adapter: LowRank) -> float:
     """What is left of ‖ΔW‖² where its factors cancel to rounding."""
-    size = math.prod(float(factor.detach().double().square().sum()) for factor in (adapter.down, adapter.up))
+    size = math.prod(float(factor.square().sum()) for factor in _exactly(adapter))
     return torch.finfo(torch.float64).eps * max(adapter.shape) * size
 
 
 def _gram_norm(adapter: LowRank) -> float:
     """‖ΔWᵀΔW‖_F from the factors."""
-    up, down = (factor.detach().cpu().double() for factor in (adapter.up, adapter.down))
+    down, up = _exactly(adapter)
     both = (up.T @ up) @ (down @ down.T)
     return max(0.0, (both * both.T).sum().item()) ** 0.5
+
+
+def _exactly(adapter: LowRank) -> tuple[Tensor, Tensor]:
+    """down and up in float64, on the CPU, since not every device has it."""
+    return adapter.down.detach().cpu().double(), adapter.up.detach().cpu().double()
 
 
 @dataclass(frozen=True)

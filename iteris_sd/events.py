@@ -51,7 +51,7 @@ class Progress:
 class MergeDone:
     """A method's merged LoRA of these `concepts` is ready.
 
-    `remembered`: it was made before, of the same files by the same numbers.
+    `remembered`: it was made before, of the same files by the same numbers. `key`: what it is remembered under.
     """
 
     method: str
@@ -59,6 +59,7 @@ class MergeDone:
     concepts: tuple[Loaded, ...]
     seconds: float
     remembered: bool = False
+    key: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,8 +108,14 @@ def merged_by_all(
                 merged = yield from _measured(backbone, recipe, picked, merged, inputs)
                 _remember(keys[method.name], merged)
         results[method.name] = merged
-        yield MergeDone(method.name, merged, tuple(picked), time.perf_counter() - since, remembered)
+        seconds = time.perf_counter() - since
+        yield MergeDone(method.name, merged, tuple(picked), seconds, remembered, keys[method.name])
     return results
+
+
+def keep(done: MergeDone) -> None:
+    """Remember a merge that a process of our own made, for the next one that is forked from this."""
+    _remember(done.key, done.merged)
 
 
 def _remember(key: str, merged: Merged) -> None:

@@ -48,6 +48,9 @@ class Shelf(Generic[T]):
             while self._held > self._most:
                 self._held -= self._found.popitem(last=False)[1][1]
 
+    def __len__(self) -> int:
+        return len(self._found)
+
     def clear(self) -> None:
         """Let go of everything."""
         with self._lock:

@@ -74,13 +74,14 @@ def done(**changes: Any) -> jobs.State:
 
 def main() -> None:
     """Raise AssertionError where something is not as it should be."""
-    from iteris_sd import backbone
+    from iteris_sd import backbone, merger
 
     assert backbone.load("storybook").unet.conv_in.weight.device.type == "cuda", "not on the pretended GPU"
     assert "Stable Diffusion v1.5 could not be loaded" in space.lacking()
     pretend()
     made = done()
     assert made.phase == "done" and len(made.pictures) == 3, made.message
+    assert len(merger._MERGES) == 2, "a worker's merges went with it"
     failed = done(sampler="lcm")
     assert "needs an LCM-LoRA" in failed.message, failed.message
     before = len(os.listdir("/proc/self/fd"))

@@ -20,10 +20,10 @@ import torch
 
 import iteris_sd.ui
 from iteris_sd import backbone as backbones
-from iteris_sd import limits, serving, weights
+from iteris_sd import limits, merger, serving, weights
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
-from iteris_sd.events import Composition, Failure, Picture, Progress, received, sent
+from iteris_sd.events import Composition, Failure, MergeDone, Picture, Progress, received, sent
 from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
 from iteris_sd.ui import heavy, jobs, page, space
@@ -171,6 +171,21 @@ def test_what_is_finished_when_the_gpu_is_taken_away_is_kept(
     state = _job(recipe(), tmp_path).state
     assert state.phase == "failed" and state.message == "ZeroGPU worker error: GPU task aborted"
     assert len(state.pictures) == 1 and state.files is not None and "grid" in state.files
+
+
+def test_a_merge_is_remembered_when_its_worker_is_gone(
+    toy: Path, zero_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worker(*given: Any) -> Generator:
+        parts = list(sent(space._compose(*given)))
+        merger.forget()  # what it knew goes with it
+        yield from parts
+
+    monkeypatch.setattr(space, "_borrowing", lambda work: worker)
+    merger.forget()
+    times = [list(space.events(recipe(seeds=[seed]), Library.shipped())) for seed in (0, 1)]
+    made = [event.remembered for events in times for event in events if isinstance(event, MergeDone)]
+    assert made == [False, False, True, True]
 
 
 # ---------------------------------------------------------------- models

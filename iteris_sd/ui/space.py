@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Collection, Generator
+from contextlib import closing
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from iteris_sd import bases, limits, serving
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
-from iteris_sd.events import received, sent
+from iteris_sd.events import MergeDone, received, sent
 from iteris_sd.merging import registry
 from iteris_sd.recipe import Recipe
 from iteris_sd.ui import heavy
@@ -223,8 +224,14 @@ def _explain(recipe: Recipe, library: Library) -> Generator[Event | Explanation,
 def _on_lent_gpu(work: Any, recipe: Recipe, library: Library) -> Generator[Any, None, None]:
     import gradio as gr
 
+    from iteris_sd import merger
+
     try:
-        yield from received(_borrowing(work)(recipe, library))
+        with closing(received(_borrowing(work)(recipe, library))) as events:
+            for event in events:
+                if isinstance(event, MergeDone):
+                    merger.keep(event)
+                yield event
     except gr.Error as error:  # `spaces` has no GPU, or no more of it: it says so in its own words
         raise UserError(f"{error.title}: {error.message}") from error
 
@@ -254,8 +261,7 @@ def prepare() -> None:
     """Where a GPU is lent, load the models before anybody asks; call it in the main thread, before the page is served.
 
     Only there are they put on the pretended GPU, from which a worker takes them to the real one. A model that cannot
-    be had is `lacking`, and the page goes on without it. What a worker remembers of samples and merges goes with it:
-    keys tell devices apart, and this process knows the pretended one only; so the next composition merges anew.
+    be had is `lacking`, and the page goes on without it.
     """
     if not serving.lent():
         return

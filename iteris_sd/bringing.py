@@ -118,7 +118,7 @@ def sorted_out(files: Sequence[Path], around: Path, most: int | None = None) -> 
         there: list[Path] = []
         for file in files:
             if _is_zip(file):
-                there += _unpacked(file, draft / "unpacked" / file.stem, most)
+                there += _unpacked(file, draft / "unpacked" / (file.stem.rstrip(" .") or "zip"), most)
             elif _has_tensors(file) or file.name == peft_files.CONFIG:
                 there.append(file)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -680,7 +681,8 @@ def _with_interval(row: Row | Paired, sign: str = "") -> str:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    every = (sys.stdout.encoding or "").lower().startswith("utf")  # character can be written there
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=not every))
 
 
 def _plain(value: Any) -> Any:

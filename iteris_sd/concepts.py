@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from iteris_sd import bases, limits
 from iteris_sd.errors import UserError
+from iteris_sd.files import visible
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -160,14 +161,15 @@ def read_concept(folder: Path) -> Concept:
 def _told(folder: Path, data: Mapping[str, Any]) -> Concept:
     """A concept from its folder and what its description says. Raises KeyError for what it does not."""
     file, peft = folder / "lora.safetensors", folder / "lora"
-    pictures = sorted(p for p in (folder / "references").glob("*") if p.suffix.lower() in PICTURES)
+    shown = visible((folder / "references").glob("*"))
+    pictures = sorted(p for p in shown if p.suffix.lower() in PICTURES)
     return Concept(
         name=_word("name", data["name"]),
         title=_word("title", data["title"]),
         trigger=_word("trigger", data["trigger"]),
         class_noun=_word("class noun", data["class_noun"]),
         lora=peft if peft.is_dir() and not file.exists() else file,
-        embeddings=tuple(sorted((folder / "embeddings").glob("*.safetensors"))),
+        embeddings=tuple(sorted(visible((folder / "embeddings").glob("*.safetensors")))),
         references=tuple(pictures[: limits.MAX_REFERENCES]),
         base=_word("base model", data.get("base", "storybook")),
         description=_remark("description", data.get("description", "")),

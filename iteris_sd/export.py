@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from iteris_sd import __version__, bases
 from iteris_sd.errors import UserError
+from iteris_sd.files import nearest, patiently, possible
 from iteris_sd.grid import grid
 from iteris_sd.recipe import Recipe
 
@@ -166,12 +168,15 @@ def lora_metadata(recipe: Recipe, concepts: Sequence[Loaded], merged: Merged) ->
 
 def picture_name(picture: Picture) -> str:
     """The name of a picture's file."""
-    scene = f"retention-{_short(picture.scene)}_" if picture.scene else ""
-    return re.sub(r"[^\w.-]+", "-", f"{scene}{_short(picture.method)}_seed{picture.seed}.png")
+    scene = f"retention-{short(picture.scene)}_" if picture.scene else ""
+    return re.sub(r"[^\w.-]+", "-", f"{scene}{short(picture.method)}_seed{picture.seed}.png")
 
 
-def _short(name: str) -> str:
-    """A name as part of a file's: a long one cut, and told apart by a digest, since files' names have 255 bytes."""
+def short(name: str) -> str:
+    """A name as part of a file's: a long one cut, and told apart by a digest, since files' names have 255 bytes.
+
+    Paths have 260 characters on Windows.
+    """
     return name if len(name) <= 40 else f"{name[:24]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
@@ -234,7 +239,7 @@ def scores_csv(composition: Composition) -> str:
 
 def check_folder(folder: Path) -> None:
     """Raise UserError when `folder` can be no folder to write into; called before the work, too."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = nearest(folder)
     if not there.is_dir():
         raise UserError(f"{there} is a file; choose a folder to write into.")
     if not os.access(there, os.W_OK):
@@ -296,7 +301,7 @@ def _token_files(tokens: Iterable[str]) -> list[str]:
     """A file name for each token, all different, whatever characters a foreign token has."""
     names: list[str] = []
     for token in tokens:
-        name = re.sub(r"[^\w-]+", "_", token.strip("<>")) or "token"
+        name = possible(re.sub(r"[^\w-]+", "_", token.strip("<>")) or "token")
         while f"{name}{SUFFIX}".lower() in (other.lower() for other in names):
             name += "_"
         names.append(f"{name}{SUFFIX}")
@@ -323,7 +328,7 @@ def _assembled(folder: Path) -> Iterator[Path]:
 def _move(draft: Path, folder: Path) -> None:
     """Put the files of `draft` into `folder`, which may exist."""
     if not folder.exists():
-        draft.rename(folder)
+        patiently(lambda: draft.rename(folder))
         return
     places = {file: folder / file.relative_to(draft) for file in draft.rglob("*") if file.is_file()}
     for place in places.values():
@@ -331,4 +336,4 @@ def _move(draft: Path, folder: Path) -> None:
         if place.is_dir():
             raise UserError(f"{place} is a folder where a file should be written; rename it.")
     for file, place in places.items():
-        file.replace(place)
+        patiently(partial(file.replace, place))

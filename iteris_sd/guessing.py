@@ -82,7 +82,7 @@ def _stem(source: Path, origin: str) -> str:
     if stem not in USUAL_STEMS:
         return stem
     id = hub.parse(origin)
-    return id.repo.rpartition("/")[2] if id else source.absolute().parent.name
+    return (id.repo.rpartition("/")[2] if id else source.absolute().parent.name) or stem
 
 
 def _phrase(text: object) -> str:

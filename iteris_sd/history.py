@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from iteris_sd import bases, concepts, limits, restoring
 from iteris_sd.errors import UserError
+from iteris_sd.files import patiently
 from iteris_sd.kept import UNFINISHED, drafting, user_data
 from iteris_sd.recipe import Recipe, fill
 
@@ -187,7 +189,7 @@ class History:
             _write_json(draft / _WORDS, words.model_dump(mode="json"))
             names = os.listdir(draft)
             try:
-                draft.rename(place)
+                patiently(partial(draft.rename, place))
             except OSError:
                 if not place.exists():
                     raise
@@ -197,7 +199,7 @@ class History:
     def _remove(self, place: Path) -> None:
         """Hide an entry's folder in one step, which a full disk allows, too; then remove it."""
         hidden = self.folder / f"{UNFINISHED}{place.name}"
-        place.rename(hidden)
+        patiently(lambda: place.rename(hidden))
         with suppress(FileNotFoundError):  # another process sweeps there
             shutil.rmtree(hidden)
 

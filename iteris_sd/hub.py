@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from iteris_sd import limits, serving
 from iteris_sd.errors import UserError
+from iteris_sd.files import nearest
 from iteris_sd.formats import peft_files
 
 _TICK = 0.1  # seconds between two reports
@@ -152,7 +153,7 @@ class _Download(Thread):
     def check_room(self) -> None:
         """Raise UserError when the disk has less room than what is yet to come takes."""
         needed = sum(self.listing.files[name] for name in self.missing)
-        place = next(p for p in self.folder.parents if p.exists())
+        place = nearest(self.folder)
         free = shutil.disk_usage(place).free
         if needed > free:
             raise UserError(

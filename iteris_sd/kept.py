@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ import platformdirs
 from iteris_sd import bases, concepts, limits, zips
 from iteris_sd.concepts import Concept, Library, read_concept
 from iteris_sd.errors import UserError
+from iteris_sd.files import patiently, possible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +140,8 @@ class Kept:
             for part in ("embeddings", "references"):
                 if (draft / part).exists():
                     _exchange(self.folder / name / part, draft / part, draft / f"old {part}")
-            (draft / "concept.json").replace(self.folder / name / "concept.json")
+            place = self.folder / name / "concept.json"
+            patiently(lambda: (draft / "concept.json").replace(place))
         return self._one(name)
 
     def set_references(self, name: str, paths: Sequence[Path]) -> Concept:
@@ -157,7 +160,7 @@ class Kept:
         if name not in self.broken:
             self.library().find(name)
         with drafting(self.folder) as draft:
-            (self.folder / name).rename(draft / "removed")
+            patiently(lambda: (self.folder / name).rename(draft / "removed"))
 
     def export_zip(self, name: str, path: Path) -> None:
         """Write a concept's folder as one zip. Raises UserError when there is none, or `path` cannot be written."""
@@ -208,7 +211,7 @@ class Kept:
                 continue
             _write_words(made, replace(concept, name=name))
             try:
-                made.rename(place)
+                patiently(partial(made.rename, place))
             except OSError:
                 if not place.exists():
                     raise
@@ -299,9 +302,9 @@ def _write_tokens(folder: Path, tokens: Mapping[str, Tensor]) -> None:
 def _exchange(place: Path, new: Path, old: Path) -> None:
     """Put the folder `new` in the place of another, which goes to `old`; it comes back where that fails."""
     if place.exists():
-        place.rename(old)
+        patiently(lambda: place.rename(old))
     try:
-        new.rename(place)
+        patiently(lambda: new.rename(place))
     except OSError:
         if old.exists():
             old.rename(place)
@@ -358,4 +361,4 @@ def _write_references(folder: Path, paths: Sequence[Path]) -> None:
 def _slug(name: str, otherwise: str = "concept") -> str:
     """A name fit for a folder or file, in small letters, with room for a number behind it."""
     words = re.sub(r"\W+", "-", unicodedata.normalize("NFKC", name).lower())
-    return words[: limits.MAX_NAME_CHARS - 4].strip("-_") or otherwise
+    return possible(words[: limits.MAX_NAME_CHARS - 4].strip("-_") or otherwise)

@@ -315,9 +315,9 @@ def test_ctrl_c_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch, whe
     assert not list(place.iterdir())
 
 
-def python(*words: str) -> subprocess.CompletedProcess[str]:
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[1]
-    env = os.environ | {"PYTHONPATH": str(root)}
+    env = os.environ | {"PYTHONPATH": str(root)} | environment
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60, env=env)
 
 
@@ -325,6 +325,10 @@ def test_a_real_process_answers() -> None:
     answer = python("-m", "iteris_sd", "concepts", "--json")
     assert (answer.returncode, answer.stderr) == (0, "")
     assert isinstance(json.loads(answer.stdout), list)
+    other = python("-m", "iteris_sd", "methods", "--json", PYTHONIOENCODING="ascii")  # it has no λ
+    assert (other.returncode, other.stderr) == (0, "")
+    assert json.loads(other.stdout) == json.loads(done("methods", "--json"))
+    assert python("-m", "iteris_sd", "methods", PYTHONIOENCODING="ascii").returncode == 0
     refused = python("-m", "iteris_sd", "compose", "wolf", "--prompt", "a wolf", "--output", "out")
     assert refused.returncode == 2 and refused.stderr.startswith("There is no concept 'wolf'")
 

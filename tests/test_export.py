@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from iteris_sd import (
 )
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
-from iteris_sd.events import Composition, Picture
+from iteris_sd.events import Composition, MergeDone, Picture
 from iteris_sd.recipe import Recipe
+from iteris_sd.ui import takeaway
 from tests import toybook
 
 METHODS = ("base", "linear", "regmean", "iteris")
@@ -171,6 +173,20 @@ def test_tokens_of_any_name_get_files_of_their_own(composition: Composition, tmp
     assert written[0] == tmp_path / "a+b.safetensors"
     assert {path.parent for path in written[1:]} == {tmp_path / "a+b.embeddings"}
     assert {token for path in written[1:] for token in formats.read_embeddings(path)} == set(tokens)
+
+
+def test_the_zip_of_a_lora_has_a_name_that_every_system_takes(
+    composition: Composition, tmp_path: Path
+) -> None:
+    uses = [use.model_copy(update={"name": use.name * 20}) for use in composition.recipe.concepts]
+    asked = composition.recipe.model_copy(update={"concepts": uses})
+    bag = takeaway.Bag(asked, Library.shipped(), tmp_path)
+    bag.take(MergeDone("linear", composition.merged["linear"], composition.concepts, 0.0))
+    bag.take(composition)
+    packed = bag.lora("linear")
+    assert len(packed.name) < 70
+    with zipfile.ZipFile(packed) as archive:
+        assert max(map(len, archive.namelist())) < 70
 
 
 def test_a_picture_tells_how_it_was_made(composition: Composition) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from iteris_sd.errors import UserError
+from iteris_sd.files import visible
 from iteris_sd.formats import peft_folder
 from iteris_sd.formats.impostors import PICKLE
 
@@ -33,4 +34,4 @@ def check(path: Path) -> None:
 
 
 def _files(folder: Path, *suffixes: str) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
+    return sorted(file for file in visible(folder.iterdir()) if file.suffix in suffixes and file.is_file())

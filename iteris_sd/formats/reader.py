@@ -214,9 +214,15 @@ def _adapter(file: safe_open, name: str, pair: Pair, scale: Scale) -> LowRank:
 def _tensor(file: safe_open, key: str) -> Tensor:
     """The tensor ``key``, in float32 at least, and not the file's memory: that changes with the file, or goes.
 
+    Nor does an error keep that: Windows removes no file that is mapped.
+
     Raises UserError when it holds NaN or infinity.
     """
-    tensor = file.get_tensor(key)
+    tensor = _copied(file.get_tensor(key))
     if not bool(tensor.isfinite().all()):
         raise UserError(f"its tensor {key!r} holds NaN or infinity; the training that made it has failed.")
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    return tensor
+
+
+def _copied(mapped: Tensor) -> Tensor:
+    return mapped.to(torch.promote_types(mapped.dtype, torch.float32), copy=True)

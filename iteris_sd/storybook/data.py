@@ -64,5 +64,6 @@ def drawn(directory: Path, count: int, first: int = 0, workers: int = 2) -> Scen
             for seeds, block in zip(chunks, pool.map(_draw_chunk, chunks), strict=True):
                 pixels[seeds.start - first : seeds.stop - first] = block
         pixels.flush()
+        del pixels  # Windows renames no file that is mapped
         partial.rename(path)
     return Scenes(np.load(path, mmap_mode="r"), first)

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from iteris_sd import limits
 from iteris_sd.errors import UserError
+from iteris_sd.files import visible
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
@@ -29,7 +30,7 @@ def read_photos(folder: str | Path) -> list[Image.Image]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the folder with the concept's photos.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in visible(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
     if not 1 <= len(paths) <= limits.MAX_PHOTOS:
         raise UserError(
             f"{folder.name} holds {len(paths)} photos ({', '.join(sorted(SUFFIXES))}); "

@@ -111,13 +111,14 @@ class Bag:
             raise UserError(f"There is no LoRA merged by {method!r}; compose with that method first.")
         form, merged = export.Form(layout), self._merged[method]
         names = "-".join(re.sub(r"[^\w-]+", "_", use.name) for use in self._recipe.concepts)
-        folder = self._folder / f"{names}-{method}-{layout}"
-        packed = folder.with_name(f"{folder.name}.zip")
+        name = f"{export.short(names)}-{method}"
+        folder = self._folder / f"{method}-{layout}"
+        packed = self._folder / f"{name}-{layout}.zip"
         with self._packing:
             if not packed.exists():
                 composition = self._composition()
                 metadata = export.lora_metadata(self._recipe, composition.concepts, merged)
-                path = folder / (f"{names}-{method}" + ("" if layout == "peft" else ".safetensors"))
+                path = folder / (name if layout == "peft" else f"{name}.safetensors")
                 written = export.write_lora(merged.lora, composition.tokens, path, metadata, form)
                 _zip(packed, written, folder)
                 shutil.rmtree(folder)

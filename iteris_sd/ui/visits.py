@@ -274,7 +274,7 @@ class Visits:
 
     def __init__(self, shipped: Library, kept: Kept | None = None, history: History | None = None) -> None:
         self._shipped, self._kept, self._history = shipped, kept, history
-        self._temporary = tempfile.TemporaryDirectory(prefix="iteris-sd-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="iteris-sd-", ignore_cleanup_errors=True)
         self.root = Path(self._temporary.name)
         self._open: dict[str, Visit] = {}
         self._lock = threading.Lock()

@@ -26,6 +26,7 @@ _OPENING = re.compile(
 )  # of a prompt: "a close photo of a …"
 _TOKEN = re.compile(r"<[^<>\s]+>")
 _KOHYA_FOLDER = re.compile(r"(\d{1,6})_(\S.*)")  # its repeats, a made-up word and often a class: "10_sks dog"
+_SAID_NOTHING = ("None", "null")  # by programs that write a value that is not there
 _NOTHING = "subject"  # for a file of which nothing is known, not even a name
 
 
@@ -45,22 +46,25 @@ def guess(metadata: Mapping[str, str], tokens: Collection[str], stem: str) -> Gu
     """
     phrase = _phrase(metadata.get("modelspec.trigger_phrase"))
     prompt = _phrase(metadata.get("instance_prompt"))
-    folder = _folder(metadata)
+    settings, folder = _subset(metadata), _folder(metadata)
     name = in_words(stem)[: limits.MAX_NAME_CHARS].strip() or _NOTHING
-    noun = next((noun for noun in map(_noun, (phrase, prompt, folder)) if noun), "")
+    noun = next((noun for noun in map(_noun, (phrase, prompt, settings, folder)) if noun), "")
     # Where a file brings tokens, its trainer has put them in the place of the prompt's made-up word.
     whole = not tokens or any(token in prompt for token in tokens)
     found = {
         "its trigger phrase (modelspec.trigger_phrase)": phrase,
         "the prompt it was trained with (instance_prompt)": prompt if whole else "",
         "its learned tokens": _joined(tokens, noun) or _joined(tokens, ""),
+        "the training settings (ss_datasets)": settings,
         "the training folders (ss_tag_frequency)": folder,
     }
     for source, trigger in found.items():
         if trigger:
             return Guess(trigger, noun or name, source)
     if tag := _tag(metadata):
-        return Guess(tag, noun or _noun(tag) or name, "the most frequent tag (ss_tag_frequency)")
+        # Of a made-up word and a class; what longer tags say, or those of one word, is no class.
+        own = _noun(tag) if len(tag.split()) == 2 else ""
+        return Guess(tag, noun or own or name, "the most frequent tag (ss_tag_frequency)")
     return Guess(name, noun or name, "the file's name")
 
 
@@ -87,7 +91,7 @@ def _stem(source: Path, origin: str) -> str:
 
 def _phrase(text: object) -> str:
     """The trigger in a prompt or a tag; nothing where there is none, or a long one."""
-    if not isinstance(text, str) or len(text) > limits.MAX_PROMPT_CHARS:
+    if not isinstance(text, str) or len(text) > limits.MAX_PROMPT_CHARS or text in _SAID_NOTHING:
         return ""
     return _short(_OPENING.sub("", tidy(text.partition(",")[0]), count=1))
 
@@ -107,6 +111,24 @@ def _joined(tokens: Collection[str], noun: str) -> str:
     ordered = sorted(map(tidy, tokens), key=lambda token: (len(token), token))
     gap = "" if all(_TOKEN.fullmatch(token) for token in ordered) else " "
     return _short(tidy(f"{gap.join(ordered)} {noun}")) if ordered else ""
+
+
+def _subset(metadata: Mapping[str, str]) -> str:
+    """The words for the subject in kohya's settings file; of several, those of the folder most often repeated.
+
+    Pictures of the class alone, trained on against forgetting, are marked there.
+    """
+    found: list[tuple[int, str]] = []
+    for dataset in _rows(_parsed(metadata.get("ss_datasets"))):
+        for subset in _rows(dataset.get("subsets")):
+            words, repeats = _phrase(subset.get("class_tokens")), subset.get("num_repeats")
+            if words and not subset.get("is_reg"):
+                found.append((repeats if type(repeats) is int else 1, words))
+    return max(found, key=lambda one: one[0])[1] if found else ""
+
+
+def _rows(value: object) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def _folder(metadata: Mapping[str, str]) -> str:
@@ -133,8 +155,12 @@ def _tag(metadata: Mapping[str, str]) -> str:
 
 
 def _table(text: object) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        return {}
+    found = _parsed(text)
     return found if isinstance(found, dict) else {}
+
+
+def _parsed(text: object) -> object:
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None

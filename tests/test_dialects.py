@@ -61,6 +61,36 @@ SPELLINGS = {
         f"unet.base_model.model.{BLOCK}.attn1.to_q.lora_B.weight",
         Q,
     ),
+    "PEFT, its component twice": (
+        f"unet.unet.{BLOCK}.attn1.to_q.lora_A.weight",
+        f"unet.unet.{BLOCK}.attn1.to_q.lora_B.weight",
+        Q,
+    ),
+    "PEFT, compiled": (
+        f"unet._orig_mod.{BLOCK}.attn1.to_q.lora_A.weight",
+        f"unet._orig_mod.{BLOCK}.attn1.to_q.lora_B.weight",
+        Q,
+    ),
+    "older, its component twice": (
+        f"unet.unet.{BLOCK}.attn1.processor.to_q_lora.down.weight",
+        f"unet.unet.{BLOCK}.attn1.processor.to_q_lora.up.weight",
+        Q,
+    ),
+    "older text, its component twice": (
+        "text_encoder.text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.down.weight",
+        "text_encoder.text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_linear_layer.up.weight",
+        TEXT_Q,
+    ),
+    "older, compiled, bare": (
+        f"_orig_mod.{BLOCK}.attn1.to_q.lora.down.weight",
+        f"_orig_mod.{BLOCK}.attn1.to_q.lora.up.weight",
+        Q,
+    ),
+    "kohya, compiled": (
+        "lora_unet__orig_mod_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lora_unet__orig_mod_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+        Q,
+    ),
     "PEFT, original names": (
         "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight",
         "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_B.weight",
@@ -275,6 +305,38 @@ def test_a_tucker_core_makes_the_same_convolution(tmp_path: Path) -> None:
     torch.testing.assert_close(made, wanted)
 
 
+@pytest.mark.parametrize(("kernel", "fits"), [((1, 1), True), ((3, 3), False)])
+def test_factors_of_one_pixel_and_of_none_are_one(
+    tmp_path: Path, kernel: tuple[int, int], fits: bool
+) -> None:
+    down = adapter().down[:, :, None, None].expand(2, 4, *kernel).contiguous()
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    save_file(
+        {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": adapter().up}, tmp_path / "a.safetensors"
+    )
+    if fits:
+        (found,) = formats.read(tmp_path / "a.safetensors").lora.values()
+        torch.testing.assert_close(found.delta(), adapter().delta())
+    else:
+        with pytest.raises(UserError, match="only LoRA on linear layers and convolutions is read"):
+            formats.read(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["style.alpha", "unet.v1", "x.bias", "clip_g", "emb_params"])
+def test_a_token_called_like_a_part_of_a_model_is_refused_before_it_is_kept(
+    tmp_path: Path, name: str
+) -> None:
+    save_file({"emb_params": torch.ones(1, 4)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match=f"its token would be called '{name}'.*another name"):
+        formats.read_embeddings(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("end", ["diff", "w_norm", "lora_up.weight"])
+def test_what_lycoris_writes_is_not_taken_for_tokens(tmp_path: Path, end: str) -> None:
+    save_file({f"lycoris_down_blocks_0_attentions_0_norm.{end}": torch.ones(4)}, tmp_path / "a.safetensors")
+    assert not formats.holds_tokens(tmp_path / "a.safetensors")
+
+
 def test_tokens_inside_a_file_come_with_it(tmp_path: Path) -> None:
     vectors = torch.randn(2, 4)
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -286,7 +348,7 @@ def test_tokens_inside_a_file_come_with_it(tmp_path: Path) -> None:
     assert torch.equal(formats.read(tmp_path / "pivotal.safetensors").tokens["<s1>"], vectors[:1])
 
 
-@pytest.mark.parametrize("key", ["string_to_param.*", "clip_l"])
+@pytest.mark.parametrize("key", ["string_to_param.*", "clip_l", "emb_params", "emp_params", "<other>"])
 def test_bundled_tokens_are_read_alone_too(tmp_path: Path, key: str) -> None:
     vectors = torch.randn(2, 4)
     save_file({f"bundle_emb.my dog.{key}": vectors}, tmp_path / "token.safetensors")
@@ -336,7 +398,8 @@ def test_the_numbers_of_pivotal_tuning_are_those_of_its_modules(
 
 def test_embeddings_of_other_tools_are_read(tmp_path: Path) -> None:
     vectors = torch.randn(2, 4)
-    for key in ("emb_params", "emp_params", "string_to_param.*", "clip_l"):
+    keys = "emb_params emp_params string_to_param.* string_to_param * clip_l text_encoders_0"
+    for key in keys.split():
         save_file({key: vectors}, tmp_path / "biscuit.safetensors")
         assert torch.equal(formats.read_embeddings(tmp_path / "biscuit.safetensors")["biscuit"], vectors)
     save_file({"<s0>": vectors[0].clone(), "<s1>": vectors[1].clone()}, tmp_path / "two.safetensors")
@@ -522,6 +585,31 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
         },
         "made for Stable Diffusion 2",
     ),
+    "SDXL by its depth": (
+        {f"unet.{BLOCK[:-1]}9.attn1.to_q.lora_A.weight": torch.ones(2, 640)},
+        "made for Stable Diffusion XL",
+    ),
+    "SD 2 by its depth": (
+        {"lora_te_text_model_encoder_layers_22_mlp_fc1.lora_down.weight": torch.ones(2, 4)},
+        "made for Stable Diffusion 2",
+    ),
+    "videos": (
+        {
+            "unet.down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(
+                2, 4
+            )
+        },
+        "made for a model of videos",
+    ),
+    "embeddings": (
+        {"text_encoders.clip_l.transformer.text_projection.lora_down.weight": torch.ones(2, 4)},
+        "changes the text encoder's embeddings or projection",
+    ),
+    "PEFT with biases": ({f"unet.{BLOCK}.attn1.to_out.0.bias": torch.ones(4)}, "with whole layers or biases"),
+    "PEFT with layers": (
+        {"unet.conv_in.modules_to_save.weight": torch.ones(4, 4, 3, 3)},
+        "with whole layers or biases",
+    ),
     "whole numbers": ({f"{KOHYA}.hada_w1_a": torch.ones(4, 2), f"{KOHYA}.alpha": torch.tensor(4)}, "a LoHa"),
     "sparse biases": ({f"{KOHYA}.bias_indices": torch.zeros(2, 5, dtype=torch.int64)}, "a LoRA with biases"),
     "ComfyUI with biases": (
@@ -610,6 +698,8 @@ def test_what_cannot_be_merged_is_refused_with_its_reason(tmp_path: Path, case: 
         "base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight",  # PixArt
         "diffusion_model.blocks.0.cross_attn.k.lora_A.weight",  # Wan
         "diffusion_model.layers.0.attention.to_q.lora_A.weight",  # Z-Image
+        "diffusion_model.double_stream_blocks.0.block.attn1.to_k.lora_A.weight",  # HiDream
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_k.lora_down.weight",  # T5, of Stable Diffusion 3
         "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",  # Flux
         "lora_unet_transformer_blocks_0_attn_add_k_proj.lora_down.weight",  # Qwen-Image
         "lora_unet_blocks_0_cross_attn_k.lora_down.weight",  # Wan
@@ -632,6 +722,8 @@ def test_loras_of_transformer_models_are_told_as_such(tmp_path: Path, key: str) 
         ({"ss_base_model_version": "sdxl", "modelspec.architecture": "stable-diffusion-v1/lora"}, ""),
         ({"ss_base_model_version": "sd_v1"}, ""),
         ({"ss_base_model_version": "my own"}, ""),
+        ({"ss_v2": "True"}, "Stable Diffusion 2"),
+        ({"ss_v2": "False"}, ""),
     ],
 )
 def test_metadata_tell_the_family_where_shapes_do_not(
@@ -667,6 +759,10 @@ def test_a_folder_with_one_file_is_that_file(tmp_path: Path, name: str) -> None:
     formats.write(tmp_path / name, LoRA({Q: adapter()}))
     assert formats.located(tmp_path) == tmp_path / name
     assert formats.read(tmp_path).sha256 == formats.read(tmp_path / name).sha256
+    (tmp_path / name).rename(tmp_path / name.replace(".safetensors", ".SAFETENSORS"))
+    assert list(formats.read(tmp_path).lora) == [Q]
+    formats.write(tmp_path / name, LoRA({Q: adapter()}))
+    (tmp_path / name.replace(".safetensors", ".SAFETENSORS")).unlink()
     formats.write(tmp_path / "other.safetensors", LoRA({OUT: adapter()}))
     if name.startswith("pytorch"):
         assert list(formats.read(tmp_path).lora) == [Q]

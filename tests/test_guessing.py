@@ -137,7 +137,31 @@ def test_the_noun_may_come_from_another_source() -> None:
     assert found({PHRASE: "rex", FOLDERS: tags(**{"5_sks cat": {}})}) == ("rex", "cat")
 
 
-KEYS = st.sampled_from([PHRASE, PROMPT, TAGS, FOLDERS, "other"])
+def subset(words: object, repeats: object = 1, is_reg: bool = False) -> dict[str, Any]:
+    return {"image_dir": "img", "class_tokens": words, "num_repeats": repeats, "is_reg": is_reg}
+
+
+@pytest.mark.parametrize(
+    ("subsets", "expected"),
+    [
+        ([subset("sks dog")], ("sks dog", "dog")),
+        ([subset("sks")], ("sks", "my file")),
+        ([subset("dog", 20, is_reg=True), subset("sks dog", 2)], ("sks dog", "dog")),
+        ([subset("old cat", 2), subset("sks dog", 10), subset("red fox", "99")], ("sks dog", "dog")),
+        ([subset(None), 7, subset("None")], ("looking at viewer", "my file")),
+        ([], ("looking at viewer", "my file")),
+    ],
+)
+def test_settings_of_kohya_come_before_tags(subsets: list[Any], expected: tuple[str, str]) -> None:
+    metadata = {
+        "ss_datasets": json.dumps([{"is_dreambooth": True, "subsets": subsets}, "odd"]),
+        TAGS: tags(img={"looking at viewer": 9}),
+        PHRASE: "None",
+    }
+    assert found(metadata) == expected
+
+
+KEYS = st.sampled_from([PHRASE, PROMPT, TAGS, FOLDERS, "ss_datasets", "other"])
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

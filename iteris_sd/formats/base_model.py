@@ -22,4 +22,6 @@ def named(metadata: Mapping[str, str]) -> str:
     """The base model that the metadata name; "" where they name none that is known here, or several."""
     told = [metadata[key].lower() for key in _KEYS if key in metadata]
     found = {name for name, pattern in _NAMES for text in told if pattern.match(text)}
+    if metadata.get("ss_v2", "").lower() == "true":  # kohya's scripts, whatever else they say
+        found = {"Stable Diffusion 2"}
     return found.pop() if len(found) == 1 else ""

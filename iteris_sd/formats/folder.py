@@ -34,4 +34,6 @@ def check(path: Path) -> None:
 
 
 def _files(folder: Path, *suffixes: str) -> list[Path]:
-    return sorted(file for file in visible(folder.iterdir()) if file.suffix in suffixes and file.is_file())
+    return sorted(
+        file for file in visible(folder.iterdir()) if file.suffix.lower() in suffixes and file.is_file()
+    )

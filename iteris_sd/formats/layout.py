@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from iteris_sd.errors import UserError
+from iteris_sd.formats import naming
 
 Role = Literal["down", "up", "mid", "alpha", "token"]
 ROLES: Mapping[str, Role] = {
@@ -86,7 +87,7 @@ def sort(keys: Iterable[str], dialects: Sequence[Dialect]) -> Layout:
 
 def _claimed(key: str, dialects: Sequence[Dialect]) -> tuple[Claim, str]:
     for dialect in dialects:
-        claim = dialect.claim(key)
+        claim = dialect.claim(naming.uncompiled(key))
         if claim is not None:
             return claim, dialect.NAME
     known = ", ".join(dialect.NAME for dialect in dialects)

@@ -41,16 +41,27 @@ _OUTER = {
 _ORIGINAL = re.compile(
     r"(?P<half>input|output)_blocks_(?P<block>\d+)_(?P<place>\d)_(?P<rest>.+)|middle_block_(?P<middle>\d)_(?P<inner>.+)"
 )
+_COMPILED = re.compile(r"_orig_mod[._]")  # torch.compile wraps a module in one of this name
 _DOTTED_ORIGINAL = re.compile(r"((input|output)_blocks|middle_block|time_embed|out)\.\d")
 
 
 def canonical(component: str, path: str) -> str:
-    """The canonical name of a dotted path in a component, original spelling included."""
+    """The canonical name of a dotted path in a component, original spelling included.
+
+    diffusers before 0.24 wrote the component twice.
+    """
+    while path.startswith(f"{component}."):
+        path = path.removeprefix(f"{component}.")
     if component == "text_encoder":
         path = path.removeprefix(TEXT_LAYOUT)
     elif _DOTTED_ORIGINAL.match(path):
         path = dotted(path.replace(".", "_")) or path
     return f"{component}.{path}"
+
+
+def uncompiled(key: str) -> str:
+    """The key that a tensor would have, had its model not been compiled."""
+    return _COMPILED.sub("", key)
 
 
 def component_of(path: str) -> str | None:

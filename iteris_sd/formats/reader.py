@@ -166,7 +166,8 @@ def _scales(path: Path, layout: Layout, metadata: Mapping[str, str]) -> Mapping[
 
 def _check_shapes(name: str, pair: Pair, entries: Mapping[str, Entry]) -> None:
     down, up = entries[pair.down].shape, entries[pair.up].shape
-    if not (len(down) == len(up) == 2 or (len(down) == len(up) == 4 and up[2:] == (1, 1))):
+    linear = [len(shape) == 2 or tuple(shape[2:]) == (1, 1) for shape in (down, up)]
+    if not (all(linear) or (len(down) == len(up) == 4 and linear[1])):
         raise UserError(
             f"the factors of {name} have shapes {down} and {up}; only LoRA on linear layers and convolutions is read."
         )

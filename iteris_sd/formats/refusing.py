@@ -22,16 +22,25 @@ _KINDS = (
         "made for AnimateDiff: it makes pictures move, and those here stand still; leave it out",
     ),
     (
+        r"(temp_attentions|temp_convs|temporal_transformer_blocks|time_stack)",
+        f"made for a model of videos (ModelScope, Stable Video Diffusion and the like); {_SD1}",
+    ),
+    (
         r"(lora_te2_|text_encoder_2\.|lora_unet_label_emb|^(text_encoders\.)?clip_g\.)",
         f"made for {_XL}; {_SD1}",
     ),
     (r"^lora_prior_", f"made for Stable Cascade; {_SD1}"),
     (r"^base_model\.model\.(model\.)?layers\.\d+\.(self_attn|mlp)\.", f"made for a language model; {_SD1}"),
     (
-        r"((double|single|joint)_blocks|(single|joint)_transformer_blocks"
-        rf"|{_ROOT}(transformer_)?(blocks|layers)[._]\d|^(lora_)?transformer[._]|^(text_encoders\.)?t5)",
+        r"((double|single|joint)_(stream_)?blocks|(single|joint)_transformer_blocks"
+        rf"|{_ROOT}(transformer_)?(blocks|layers)[._]\d|^(lora_)?transformer[._]|^(text_encoders\.)?t5|^lora_te3_)",
         _TRANSFORMER,
     ),
+    (
+        r"((down|up|input|output)_blocks|mid(dle)?_block)[._].*transformer_blocks[._][1-9]|add_embedding[._]linear",
+        f"made for {_XL}; {_SD1}",
+    ),
+    (r"^(lora_te_|text_encoder\.).*layers[._](1[2-9]|2\d)[._]", f"made for Stable Diffusion 2; {_SD1}"),
     (r"\.hada_(w|t)\d", f"a LoHa (Hadamard products); {_ONLY}"),
     (r"\.lokr_(w|t)\d", f"a LoKr (Kronecker products); {_ONLY}"),
     (r"(\.dora_scale$|lora_magnitude_vector)", f"a DoRA (a LoRA with magnitudes); {_ONLY}"),
@@ -44,9 +53,19 @@ _KINDS = (
         r"^(diffusion_model|unet|text_encoders|clip_l)\..*\.diff(_b)?$",
         "a LoRA with changes of biases and norms, which cannot be merged; save it again with bias_diff off",
     ),
+    (
+        r"(text_projection|(token|position)_embedding)\.(lora_\w+|diff)\b",
+        "a LoRA that also changes the text encoder's embeddings or projection, which cannot be merged; train or "
+        "extract it again without them",
+    ),
     (r"\.bias_(indices|values|size)$", f"a LoRA with biases; {_ONLY}"),
     (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", f"an adapter that carries full weights; {_ONLY}"),
     (r"\.lora_(A|B|up|down)(\.[\w-]+)?\.bias$", f"a LoRA with biases; {_ONLY}"),
+    (
+        r"(\.modules_to_save\.|^(base_model\.model|unet|text_encoder)\..*\.bias$)",
+        "a LoRA that came with whole layers or biases, which cannot be merged; train it again with PEFT's bias='none' "
+        "and without modules_to_save",
+    ),
     (
         r"^(control_model\.|controlnet|lora_controlnet|lllite_|input_hint_block)",
         "a ControlNet, not a LoRA; it steers pictures by other pictures, which nothing here does: leave it out",
@@ -75,7 +94,7 @@ _KINDS = (
         "a part of a whole model, not a LoRA; load the folder it belongs to as the base model",
     ),
     (
-        r"^(em[bp]_params|string_to_param\.\*|clip_l|clip_g|t5|t5xxl)(_out)?$",
+        r"^(em[bp]_params|string_to_param(\.\*)?|\*|clip_l|clip_g|t5|t5xxl|text_encoders_\d)(_out)?$",
         "a learned token (textual inversion), not a LoRA; add it to a concept as its token",
     ),
 )

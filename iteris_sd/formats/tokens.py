@@ -3,9 +3,10 @@
 | key                                                    | token           | written by                              |
 |--------------------------------------------------------|-----------------|-----------------------------------------|
 | ``<cat-toy>``, any word                                | that word       | diffusers                               |
-| ``emb_params``, ``emp_params``, ``string_to_param.*``  | the file's name | A1111 and kohya, OneTrainer, converters |
-| ``clip_l``                                             | the file's name | diffusers' advanced training            |
-| ``bundle_emb.<token>.clip_l``, ``….string_to_param.*`` | the word in it  | OneTrainer, A1111, inside a LoRA        |
+| ``emb_params``, ``emp_params``                         | the file's name | A1111 and kohya, OneTrainer             |
+| ``string_to_param.*``, ``string_to_param``, ``*``      | the file's name | A1111's pickles, converted              |
+| ``clip_l``, ``text_encoders_0``                        | the file's name | diffusers' advanced training            |
+| ``bundle_emb.<token>.…``, with one of these behind it  | the word in it  | OneTrainer, A1111, inside a LoRA        |
 """
 
 import re
@@ -15,12 +16,21 @@ from iteris_sd import limits
 from iteris_sd.errors import UserError
 from iteris_sd.formats.header import Header
 
-_NAMED_AS_FILE = ("emb_params", "emp_params", "string_to_param.*", "clip_l")
-_BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+)\.(?:string_to_param\.\*|clip_l)")
+_NAMED_AS_FILE = (
+    "emb_params",
+    "emp_params",
+    "string_to_param.*",
+    "string_to_param",
+    "*",
+    "clip_l",
+    "text_encoders_0",
+)
+_WITHIN = "|".join(map(re.escape, _NAMED_AS_FILE)) + "|<[^<>]+>"
+_BUNDLED = re.compile(rf"bundle_emb\.(?P<token>.+?)\.(?:{_WITHIN})")
 _START = r"^(?:bundle_emb\..+\.)?"
 _STRANGERS = (
     (
-        _START + r"clip_g(_out)?$",
+        _START + r"(clip_g(_out)?|text_encoders_1)$",
         "a token for Stable Diffusion XL; this project composes with Stable Diffusion 1",
     ),
     (
@@ -37,7 +47,8 @@ _STRANGERS = (
 _OTHERS = (
     (
         r"(\.lora[._]|lora_(A|B|up|down)\b|\.(alpha|hada_\w+|lokr_\w+)$|^(unet|text_encoder):\d"
-        r"|^(lora|lycoris)_(unet|te\d?)_|^(base_model|diffusion_model|unet|text_encoders?)\.)",
+        r"|^lora_(unet|te\d?)_|^lycoris_|^(base_model|diffusion_model|unet|text_encoders?)\."
+        r"|\.(diff|diff_b|w_norm|b_norm|on_input|oft_\w+)$)",
         "a LoRA, not a learned token; give it as the concept's LoRA",
     ),
     (r"\.(weight|bias)$", "a part of a model, not a learned token"),
@@ -94,4 +105,9 @@ def check(token: str, key: str, header: Header) -> None:
         )
     if not 1 <= len(token) <= limits.MAX_TOKEN_CHARS or not token.isprintable() or token != token.strip():
         raise UserError(f"the name of its token, {token[:40]!r}, cannot be used in a prompt.")
+    if token in _NAMED_AS_FILE or not meant([token]) or any(re.search(p, token) for p, _ in _STRANGERS):
+        raise UserError(
+            f"its token would be called {token!r}, as parts of models are, and other tools would take it for one; give "
+            "the file another name, or train the token under another."
+        )
     header.check_type(key)

@@ -356,7 +356,7 @@ def inspect(
             _print_overlap(str(file), str(other), met)
 
 
-bench = typer.Typer(help="Speed and memory against other ways of doing the same.", no_args_is_help=True)
+bench = typer.Typer(help="How fast and how well, measured against other ways.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -399,6 +399,38 @@ def bench_render(as_json: AsJson = False) -> None:
             _print_json(rendering.described(result))
             return
         _print_measured(rendering.lines(result))
+
+
+@bench.command(name="compose")
+def bench_compose(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Concepts by name; all of the base model unless given.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Merging methods, beside the linear average.")] = ",".join(
+        registry.METHODS
+    ),
+    base: Annotated[str, typer.Option(help="The base model, by name.")] = "storybook",
+    prompts: Annotated[int, typer.Option(help="Prompts for each pair.", min=1)] = 4,
+    seeds: Annotated[int, typer.Option(help="Seeds for each prompt.", min=1)] = 1,
+    table: Annotated[
+        Path | None, typer.Option("--csv", help="Also write the scores of every picture here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compose every pair of concepts by several methods, and score them: means over pairs, with 95 % intervals."""
+    with _answering():
+        from iteris_sd.benchmarks import composing
+
+        library = _at_hand()
+        job = composing.job(library, base, names or [], _words(methods), prompts, seeds)
+        found = _watched(composing.shots(job, library))
+        if table is not None:
+            composing.write_csv(found, table)
+        made = composing.figures(found)
+        if as_json:
+            _print_json(composing.described(job, made))
+            return
+        _print_alignments(composing.rows(made), [*composing.MEASURES.values()])
 
 
 @app.command(name="app")
@@ -631,6 +663,17 @@ def _print_by_method(rows: Sequence[Row] | Sequence[Paired], sign: str = "") -> 
         own = {row.measure: row for row in rows if row.method == column}
         cells = [_with_interval(own[measure], sign) if measure in own else "" for measure in measures]
         table.add_row(escape(title(column)), str(own["text"].n), *cells)
+    Console().print(table)
+
+
+def _print_alignments(rows: Sequence[Sequence[str]], measures: Sequence[str]) -> None:
+    table = Table(
+        "Method",
+        *measures,
+        title="Alignment, in brackets what is more than the linear average's, with 95 % interval",
+    )
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 

@@ -1,9 +1,12 @@
 """The benchmarks measure what they say: the ways compared agree, and memory is counted. No time is asserted."""
 
+import csv
 import json
+import math
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 from iteris_sd import sd15
-from iteris_sd.benchmarks import authors, measuring, merging, problems, rendering
+from iteris_sd.benchmarks import authors, composing, measuring, merging, problems, rendering
 from iteris_sd.benchmarks.problems import KV_WIDTHS, Size
 from iteris_sd.cli import app
 from iteris_sd.sd15 import UNET
@@ -115,3 +118,47 @@ def test_pictures_per_second_are_counted(capsys: pytest.CaptureFixture) -> None:
     told = rendering.described(result)
     assert told["ratio"] == pytest.approx(result.ours / result.plain)
     assert any("plain diffusers loop" in name for name, _ in rendering.lines(result))
+
+
+def shot(pair: tuple[str, str], method: str, text: float, seed: int = 0, prompt: str = "p") -> composing.Shot:
+    return composing.Shot(pair, prompt, seed, method, {"text": text, "minimum": text / 2})
+
+
+def test_figures_are_means_over_pairs_and_differences_are_taken_picture_by_picture() -> None:
+    one, other = ("a", "b"), ("a", "c")
+    found = [
+        *(shot(one, "linear", value, seed) for seed, value in enumerate((0.2, 0.4))),
+        *(shot(one, "iteris", value, seed) for seed, value in enumerate((0.5, 0.5))),
+        shot(other, "linear", 0.6),
+        shot(other, "iteris", 0.9),
+        shot(other, "iteris", 0.7, seed=9),  # with no picture of linear to compare
+    ]
+    linear, least, iteris, _ = composing.figures(found)
+    assert (linear.method, linear.measure, linear.pairs, linear.pictures) == ("linear", "text", 2, 3)
+    assert linear.more is None and linear.mean == pytest.approx((0.3 + 0.6) / 2)
+    assert least.measure == "minimum" and least.mean == pytest.approx(linear.mean / 2)
+    assert iteris.mean == pytest.approx((0.5 + 0.8) / 2) and iteris.pictures == 4
+    assert iteris.more is not None and iteris.more == pytest.approx((0.2 + 0.3) / 2)
+    reach = 12.706205 * 0.1 / math.sqrt(2) / math.sqrt(2)  # of two pairs, 0.1 apart
+    assert iteris.more_high == pytest.approx(iteris.more + reach) and iteris.more_low is not None
+    (alone,) = composing.figures([shot(one, "base", 0.5)])[:1]
+    assert (alone.low, alone.more) == (None, None)
+
+
+def test_every_pair_is_composed_in_prompts_and_seeds_of_its_own(toy: Path, tmp_path: Path) -> None:
+    told = ["--methods", "linear", "--prompts", "2", "--csv", str(tmp_path / "shots.csv"), "--json"]
+    result = CliRunner().invoke(app, ["bench", "compose", *told])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert made["job"]["concepts"] == ["barn", "cat", "dog"] and made["job"]["methods"] == ["base", "linear"]
+    assert {(f["pairs"], f["pictures"]) for f in made["figures"]} == {(3, 6)}
+    with (tmp_path / "shots.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 2
+    assert {(row["one"], row["other"], row["seed"]) for row in rows} == {
+        (one, other, seed)
+        for one, other in (("barn", "cat"), ("barn", "dog"), ("cat", "dog"))
+        for seed in "01"
+    }
+    refused = CliRunner().invoke(app, ["bench", "compose", "dog"])
+    assert refused.exit_code == 2 and "Pairs need two concepts at least" in refused.stderr

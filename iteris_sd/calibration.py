@@ -123,7 +123,8 @@ def merge(
 
     ``modules``: layer name -> the bare linear or convolutional layer of the base model, in eval mode and with no LoRA
     in it; every layer that a LoRA touches must be there. ``samples`` may be None for data-free methods. A layer with
-    one participant keeps its LoRA. Factors come back in the LoRAs' dtype, float32 at least.
+    one participant keeps its LoRA, times ``registry.Method.alone``. Factors come back in the LoRAs' dtype, float32 at
+    least.
 
     Between two yields runs no more than one micro-batch's way from one layer to the next. A sweep runs the model in
     threads of its own, one at a time; ``torch.autocast`` is off while samples run, whatever the caller has set.
@@ -310,7 +311,11 @@ class _Problem:
         }
 
     def _kept(self, name: str, who: tuple[int, ...]) -> _Outcome:
-        return _Outcome(self.loras[who[0]][name], LayerReport(name, who))
+        factor, kept = self.shares.alone(who[0]), self.loras[who[0]][name]
+        dropped = {} if factor else {who[0]: "it is multiplied by 0"}
+        return _Outcome(
+            kept if factor == 1.0 else kept.scaled(factor), LayerReport(name, who, dropped=dropped)
+        )
 
     def _averaged(self, name: str, who: tuple[int, ...]) -> _Outcome:
         found = linear.solve(self.adapters(name))

@@ -87,9 +87,9 @@ class MicroBatch:
         self._sites.setdefault(x, {})[_version(x), layers.geometry(layer)] = site
 
 
-def _version(x: Tensor) -> int:
-    """A tensor changed in place is another input."""
-    return 0 if x.is_inference() else x._version
+def _version(x: Tensor) -> object:
+    """A tensor changed in place is another input; whether one of ``torch.inference_mode`` was, nobody can tell."""
+    return object() if x.is_inference() else x._version
 
 
 @dataclass(eq=False)

@@ -96,7 +96,11 @@ def write(merged: Merged, concepts: Sequence[str], folder: Path) -> list[Path]:
 
 
 def row(report: LayerReport, concepts: Sequence[str]) -> dict[str, Any]:
-    """One layer as a line of the table; what was not measured is empty."""
+    """One layer as a line of the table; what was not measured is empty.
+
+    `lambda`: the weights that the method itself has; `miss`: shares of eq. 5, by eq. 8's weights for all methods alike
+    where a merge was measured (`with_measures`).
+    """
     numbers = {
         "residual": report.residual,
         "discrepancy": report.discrepancy,

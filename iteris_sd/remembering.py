@@ -63,9 +63,10 @@ def key_of_samples(
 ) -> str:
     """What the calibration samples of the concept at `place` depend on.
 
-    Also the tokens of all concepts, in order: samples are ids of tokens, and an id counts the tokens learned before.
+    Also the tokens of all concepts, in order: samples are ids of tokens, and an id counts the tokens learned before;
+    and a trigger may hold another concept's.
     """
-    words = [(token, len(vectors)) for one in picked for token, vectors in one.tokens.items()]
+    words = [(token, _bytes(vectors)) for one in picked for token, vectors in one.tokens.items()]
     seen = [_model(backbone), _concept(recipe, place, picked[place]), words, _calibration(recipe), text_only]
     return _digest("samples", seen)
 

@@ -87,10 +87,7 @@ def gather(
     if text_only:
         return Inputs(ids)
     generator = torch.Generator().manual_seed(chosen.seed)
-    # The step each prompt is stopped at: all steps equally often, in random order.
-    stops = torch.arange(chosen.samples).remainder(chosen.steps)[
-        torch.randperm(chosen.samples, generator=generator)
-    ]
+    stops = _stops(chosen.samples, chosen.steps)[torch.randperm(chosen.samples, generator=generator)]
     start = rendering.initial_latents(backbone, [generator], recipe.size, each=chosen.samples)
     latents, times = [], []
     with backbone.prepared({}, lora):
@@ -103,6 +100,13 @@ def gather(
             times.append(t)
             yield part.stop
     return Inputs(ids, _extended(latents, chosen.unconditional), _extended(times, chosen.unconditional))
+
+
+def _stops(samples: int, steps: int) -> Tensor:
+    """The steps that trajectories are stopped at, (samples,): all equally often, or so many evenly spread ones."""
+    different = min(samples, steps)
+    spread = (torch.arange(different) * steps + steps // 2) // different
+    return spread[torch.arange(samples).remainder(different)]
 
 
 def _extended(parts: Sequence[Tensor], more: int) -> Tensor:

@@ -247,6 +247,18 @@ def test_trimming_keeps_equals_together_even_where_rounding_tells_them_apart() -
     assert sparsifying.trim(D, 0.0).tolist() == [3.0, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("sigma", ["shared", "merged"])
+def test_knots_hears_no_vote_of_rounding(sigma: str) -> None:
+    """LoRAs that write to different outputs do not meet in the shared basis: nothing there is halved."""
+    rng = torch.Generator().manual_seed(0)
+    adapters = [random_adapter(8, 6, 2, rng) for _ in range(2)]
+    one, other = (a.up.clone() for a in adapters)
+    one[4:], other[:4] = 0.0, 0.0
+    apart = [LowRank(a.down, up) for a, up in zip(adapters, (one, other), strict=True)]
+    found = METHODS["knots"].solve(apart, density=1.0, sigma=sigma).adapter
+    assert distance(found.delta(), apart[0].delta() + apart[1].delta()) < 1e-9
+
+
 def test_tsv_and_iso_c_have_the_spectrum_they_promise() -> None:
     given = case("tsv", (3, 3), (8, 9), 0)
     kept = sorted((float(decompose(a).s[0]) for a in given.adapters), reverse=True)  # 3 // 2 of each

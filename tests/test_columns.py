@@ -15,9 +15,10 @@ from PIL import Image
 from iteris_sd import calibration, columns, composer, export, limits, lora, merger, previewing, rendering
 from iteris_sd.backbone import Backbone
 from iteris_sd.calibration import finish
-from iteris_sd.concepts import Library
+from iteris_sd.concepts import Library, Loaded
 from iteris_sd.errors import UserError
 from iteris_sd.events import Composition, Event, MergeDone, Picture, Progress
+from iteris_sd.lora import LoRA
 from iteris_sd.recipe import Recipe, title
 
 
@@ -287,6 +288,25 @@ def test_samples_are_remembered_for_the_same_words_only(backbone: Backbone, seco
     found = composed(later).merged["iteris"].lora
     for name, adapter in wanted.items():
         assert torch.equal(adapter.down, found[name].down) and torch.equal(adapter.up, found[name].up)
+
+
+def test_samples_are_made_anew_when_a_token_within_the_trigger_has_changed(backbone: Backbone) -> None:
+    """A trigger may hold the token of another concept, which may have been trained anew."""
+    dog, barn = merger.pick(recipe(), Library.shipped())
+    ((token, vectors),) = barn.tokens.items()
+    both = replace(dog, concept=replace(dog.concept, trigger=f"{dog.concept.trigger} {token}"))
+    changed = replace(barn, tokens={token: vectors + 1.0})
+
+    def merged(picked: list[Loaded]) -> LoRA:
+        with backbone.prepared(merger.all_tokens(picked)):
+            return finish(merger.merged_by_all(backbone, recipe("regmean"), picked))["regmean"].lora
+
+    merger.forget()
+    merged([both, barn])
+    found = merged([both, changed])
+    merger.forget()
+    wanted = merged([both, changed])
+    assert all(torch.equal(found[name].down, adapter.down) for name, adapter in wanted.items())
 
 
 def test_samples_of_a_longer_vocabulary_do_not_serve_a_shorter_one(backbone: Backbone) -> None:

@@ -1,18 +1,21 @@
 """The methods that look at layer inputs, beside IterIS itself, and IterIS's options, against dense references."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from iteris_sd.calibration import Merged, contested, finish, merge
+from iteris_sd.calibration import Merged, Part, Samples, contested, finish, merge
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS, iteris, rank_space, regmean, regmean_pp, ssr
 from iteris_sd.merging.moments import Moments
+from iteris_sd.samples import _stops
 from tests.reference import layer_inputs, patched
 from tests.toys import Batch, Toy, attention_stack, distance, problem, random_adapter, text_encoder, worst
 
@@ -235,6 +238,73 @@ def test_an_absent_lora_speaks_for_leaving_the_layer_alone(toy: Toy) -> None:
     (report,) = (r for r in found.reports if r.name == first)
     assert report.participants == (0, 1)
     assert report.weights == pytest.approx(lambdas)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "factors"),
+    [
+        ("task_arithmetic", {"coefficients": [-1.0, 2.0], "scale": 0.5}, (-0.5, 1.0)),
+        ("task_arithmetic", {"coefficients": [0.0, 1.0]}, (0.0, 1.0)),
+        ("ties", {"scale": 0.0}, (0.0, 0.0)),
+        ("iso_c", {"scale": 0.3}, (0.3, 0.3)),
+        ("normalised", {"coefficients": [0.0, 3.0]}, (0.0, 1.0)),
+        ("iteris", {"coefficients": [0.0, 3.0]}, (0.0, 1.0)),
+        ("iteris", {"coefficients": [0.5, 3.0]}, (1.0, 1.0)),
+        ("linear", {}, (1.0, 1.0)),
+    ],
+)
+def test_scale_and_coefficients_hold_where_one_lora_is_alone(
+    toy: Toy, method: str, parameters: dict, factors: tuple[float, float]
+) -> None:
+    loras, batches = problem(toy, (2, 3))
+    names = list(loras[0])
+    apart = [LoRA({n: lora[n] for n in (names[0], names[k + 1])}) for k, lora in enumerate(loras)]
+    found = run(toy, apart, batches, method, **parameters)
+    reports = {report.name: report for report in found.reports}
+    for k, factor in enumerate(factors):
+        own = names[k + 1]
+        assert distance(found.lora[own].delta(), factor * loras[k][own].delta()) < EXACT
+        assert bool(reports[own].dropped) is (factor == 0.0)
+
+
+def test_an_input_changed_in_place_is_another_one_in_inference_mode_too() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            y = self.a(x)
+            return y + self.b(x.tanh_())
+
+    torch.manual_seed(0)
+    model = Changing()
+    modules = {"unet.a": model.a, "unet.b": model.b}
+    rng = torch.Generator().manual_seed(0)
+    loras = [LoRA({name: random_adapter(6, 6, 2, rng) for name in modules}) for _ in range(2)]
+    given = [3 * torch.randn(50, 6, dtype=torch.float64) for _ in range(2)]
+
+    def feed(parts: Sequence[Part], inference: bool) -> None:
+        with torch.inference_mode(inference):
+            model(torch.cat([given[n][part] for n, part in parts]))
+
+    for method in ("regmean", "iteris"):
+        wanted, found = (
+            finish(merge(modules, loras, Samples((50, 50), partial(feed, inference=mode)), method)).lora
+            for mode in (False, True)
+        )
+        assert max(distance(found[n].delta(), wanted[n].delta()) for n in modules) < EXACT
+
+
+@given(st.integers(1, 120), st.integers(1, 40))
+def test_trajectories_are_stopped_all_along_their_way(samples: int, steps: int) -> None:
+    stops = _stops(samples, steps).tolist()
+    assert len(stops) == samples and 0 <= min(stops) <= max(stops) < steps
+    counts = [stops.count(step) for step in range(steps)]
+    assert max(counts) - min(counts) <= 1
+    gaps = [later - one for one, later in pairwise(sorted({-1, steps, *stops}))]
+    assert max(gaps) <= 2 * -(-steps // min(samples, steps))
 
 
 @pytest.mark.parametrize("targets", ["all", "text", "text_encoder", "cross_attention"])

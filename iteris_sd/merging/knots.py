@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from iteris_sd.lora import LowRank
 from iteris_sd.merging import ties
@@ -25,6 +26,8 @@ from iteris_sd.merging.decomposing import Decomposition, widen
 from iteris_sd.merging.moments import Moments
 from iteris_sd.merging.solving import Solution
 from iteris_sd.merging.sparsifying import trim
+
+_ROUNDING = 1e-12  # of entries of orthonormal rows; what is nothing must have no sign
 
 
 def solve(
@@ -42,10 +45,14 @@ def solve(
     blocks = [adapter.up @ r.T for adapter, r in zip(wide, R, strict=True)]
     joint = Decomposition.of(torch.cat(blocks, dim=1))
     W = joint.Vh.split([block.shape[1] for block in blocks], dim=1)
-    V = [w @ q.T for w, q in zip(W, Q, strict=True)]
+    V = [_live(w @ q.T) for w, q in zip(W, Q, strict=True)]
     if sigma == "merged":
         V = [joint.s[:, None] * v for v in V]
     T = ties.merge(torch.stack([trim(v, density) for v in V]), majority_sign)
     up = joint.U * joint.s if sigma == "shared" else joint.U
     merged = LowRank(T, scale * up).padded(max(1, len(T)))
     return Solution(merged, weights=(scale,) * len(adapters))
+
+
+def _live(V: Tensor) -> Tensor:
+    return torch.where(V.abs() < _ROUNDING, 0.0, V)

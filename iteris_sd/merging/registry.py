@@ -22,7 +22,7 @@ class Parameter:
     ``scope`` says who reads it: ``layer`` values go to ``solve`` as they are; ``concept`` values are one
     number per concept, of which ``solve`` gets those of the concepts that touch the layer; ``run`` values
     steer the calibration itself. ``low`` and ``high`` are inclusive and hold for each number. None is
-    allowed where it is the default.
+    allowed where it is the default. ``relative``: one number per concept that only weighs it against the others.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Parameter:
     high: float = math.inf
     choices: tuple[str, ...] = ()
     scope: Literal["layer", "concept", "run"] = "layer"
+    relative: bool = False
 
     def validate(self, value: Any) -> Any:
         """``value`` as ``solve`` wants it. Raises UserError when it is of the wrong kind or out of range."""
@@ -133,6 +134,17 @@ class Method:
         given = [ridge for ridge in ridges if ridge is not None]
         return not given or min(given) < limits.ROUGH_ALPHA
 
+    def alone(self, parameters: Mapping[str, Any], concept: int) -> float:
+        """What a concept's LoRA is multiplied by where no other touches the layer, which then keeps it otherwise.
+
+        The scale, and its own number where that is no share; a concept whose share is 0 is left out there, too.
+        """
+        factor = float(parameters.get("scale", 1.0))
+        for dial in (dial for dial in self.parameters if dial.scope == "concept"):
+            if (numbers := parameters[dial.name]) is not None:
+                factor *= bool(numbers[concept]) if dial.relative else numbers[concept]
+        return factor
+
     def scoped(self, parameters: Mapping[str, Any], scope: str) -> dict[str, Any]:
         """Those of the validated ``parameters`` whose scope is ``scope``."""
         return {p.name: parameters[p.name] for p in self.parameters if p.scope == scope}
@@ -221,7 +233,8 @@ _COEFFICIENTS = Parameter(
     low=0.0,
     high=limits.MAX_COEFFICIENT,
     scope="concept",
-    help="One number per concept, multiplies its λ: how much the compromise favours it.",
+    relative=True,
+    help="One number per concept, multiplies its λ: how much the compromise favours it; 0 leaves it out.",
 )
 _ITERATIONS = Parameter(
     name="iterations",
@@ -289,6 +302,7 @@ _METHODS = (
                 low=0.0,
                 high=limits.MAX_COEFFICIENT,
                 scope="concept",
+                relative=True,
                 help="One number per concept; divided by their sum they are the weights. Empty: all alike.",
             ),
         ),
@@ -427,7 +441,7 @@ _METHODS = (
     Method(
         name="regmean_pp",
         title="RegMean++",
-        description="RegMean on the inputs that the merged model itself produces.",
+        description="RegMean on the inputs that the merged model itself produces, at every layer.",
         paper="Nguyen et al., RegMean++: enhancing effectiveness and generalization of regression mean for model "
         "merging, TMLR 2026, arXiv 2508.03121",
         needs="merged",

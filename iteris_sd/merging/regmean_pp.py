@@ -6,6 +6,10 @@
 | ΔW     | (out, in) | ΔWᵀ = (Σ G̃_n)⁻¹ Σ G̃_n ΔW_nᵀ                                                |
 
 Unlike IterIS it asks that ΔW does to X̃ what ΔW_n would do to X̃, not what ΔW_n does to X.
+
+The authors' code takes inputs from the merged model at the beginning of each transformer block only, and inside it from
+the block with ΔW_n; they divide each Gram matrix by its rows, which matters where concepts have different numbers of
+samples. Here every layer sees what the merged model gives it.
 """
 
 from collections.abc import Sequence

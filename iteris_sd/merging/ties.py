@@ -7,7 +7,8 @@
 | A      | set       | at each entry, the concepts n with sgn D_n = γ                                 |
 | ΔW     | (out, in) | λ times the mean of D_n over n ∈ A, entry by entry; 0 where A is empty         |
 
-The paper elects by total; a count that ends in a draw is decided by it. The result is dense, and cut to a rank.
+The paper elects by total; a count that ends in a draw is decided by it. Where the total is 0, so is ΔW; the authors'
+code gives such entries the sign that most of the layer has. The result is dense, and cut to a rank.
 """
 
 from collections.abc import Sequence

@@ -25,22 +25,32 @@ def test_compose_and_merge_are_tools_of_a_language_model(tmp_path: Path) -> None
     from mcp import ClientSession
     from mcp.client.streamable_http import streamable_http_client
 
-    async def ask(url: str) -> tuple[dict[str, str], str]:
+    async def unheard(progress: float, total: float | None, message: str | None) -> None:
+        pass
+
+    async def ask(url: str) -> tuple[dict[str, str], str, list[str]]:
         async with (
             streamable_http_client(f"{url}/gradio_api/mcp/") as (read, write, _),
             ClientSession(read, write) as session,
         ):
             await session.initialize()
-            tools = {tool.name: tool.description or "" for tool in (await session.list_tools()).tools}
+            listed = (await session.list_tools()).tools
+            tools = {tool.name: f"{tool.description} {tool.inputSchema}" for tool in listed}
             arguments = {"concepts": ["dog", "barn"], "method": "linear", "layout": "kohya"}
             answer = await session.call_tool("merge", arguments)
-            return tools, str(answer.content)
+            little = {**LITTLE, "prompt": "a {0} next to a {1}", "seeds": "0"}
+            told = {"concepts": ["dog", "barn"], **little}
+            # Gradio sends outputs apart to those who ask for progress, as programs for people do; else as one text.
+            seen = await session.call_tool("compose", told, progress_callback=unheard)
+            return tools, str(answer.content), [part.type for part in seen.content]
 
     with running(tmp_path / "app", "-m", "iteris_sd", "app", "--mcp") as (url, _):
-        tools, answer = asyncio.run(ask(url))
+        tools, answer, seen = asyncio.run(ask(url))
     assert set(tools) == {"compose", "merge"}
     assert "draw the same seeds with each" in tools["compose"]
     assert "dog-barn-linear-kohya.zip" in answer
+    assert "alone, linear, task_arithmetic" in tools["compose"]
+    assert seen[0] == "image"
 
 
 def _resident(process: int) -> int:

@@ -13,8 +13,10 @@ import gradio as gr
 from iteris_sd import export, limits
 from iteris_sd.bases import Base
 from iteris_sd.errors import UserError
+from iteris_sd.merging import registry
 from iteris_sd.ui import asking
 from iteris_sd.ui.jobs import Job, Merging, Work
+from iteris_sd.ui.takeaway import Bag
 from iteris_sd.ui.visits import Visit, Visits
 
 W = TypeVar("W", bound=Work)
@@ -34,25 +36,50 @@ async def _ended(work: W) -> W:
     return work
 
 
-async def _packed(work: Job | Merging, method: str, layout: str = "diffusers") -> Path:
-    """The zip of a merged LoRA. Writing it takes long, and others are served meanwhile. Raises UserError."""
+def _bag(work: Job | Merging) -> Bag:
+    """What ended work brought. Packing it takes long: in a thread, so that others are served meanwhile."""
     if work.bag is None:
-        raise UserError("The merge was stopped before it ended.")
-    return await asyncio.to_thread(work.bag.lora, method, layout)
+        raise UserError("It was stopped before it ended.")
+    return work.bag
 
 
 def _file(path: Path) -> gr.FileData:
     return gr.FileData(path=str(path), orig_name=path.name)
 
 
-def _uses(visit: Visit, concepts: Sequence[str], weights: Sequence[float] | None) -> list[dict[str, Any]]:
+def _uses(visit: Visit, concepts: Any, weights: Any) -> list[dict[str, Any]]:
     """Concepts as a recipe has them, as strongly as they were kept where no weights are given. Raises UserError."""
-    if weights and len(weights) != len(concepts):
+    names = _words(concepts, "concepts")
+    if not isinstance(weights, list | tuple | None) or weights and len(weights) != len(names):
         raise UserError(
-            f"There are {len(weights)} weights for {len(concepts)} concepts; give one per concept, or none."
+            f"For {len(names)} concepts there should be as many weights in a list, or none, not {weights!r}."
         )
-    kept = [visit.library.find(str(name)).weight for name in concepts]
-    return [{"name": n, "weight": w} for n, w in zip(concepts, weights or kept, strict=True)]
+    kept = [visit.library.find(name).weight for name in names]
+    return [{"name": n, "weight": w} for n, w in zip(names, weights or kept, strict=True)]
+
+
+def _words(given: Any, what: str) -> list[str]:
+    """Names in a list, or with commas between them. Raises UserError for anything else."""
+    if isinstance(given, str):
+        return [word.strip() for word in given.split(",")]
+    if not isinstance(given, list | tuple) or not all(isinstance(word, str) for word in given):
+        raise UserError(f"{what} should be names in a list, or with commas between them, not {given!r}.")
+    return list(given)
+
+
+def _settings(given: Any, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Parameters by method. Raises UserError for those of a method that is not asked for, and what is no table."""
+    tables = given or {}
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise UserError(
+            f'parameters should be tables by method, such as {{"iteris": {{"alpha": 0.0001}}}}, not {given!r}.'
+        )
+    if strange := sorted(set(tables) - set(methods)):
+        raise UserError(
+            f"There are parameters for {strange[0]!r}, which is not among the methods asked for; ask for it, or leave "
+            "them out."
+        )
+    return tables
 
 
 def add(visits: Visits, base: Base) -> None:
@@ -80,14 +107,13 @@ def _add_compose(visits: Visits, base: Base) -> None:
         parameters: dict[str, dict[str, Any]] | None = None,
         strength: float = 1.0,
         retention: int = 0,
-    ) -> tuple[list[gr.FileData], dict[str, Any], dict[str, Any]]:
+    ) -> tuple[gr.FileData, gr.FileData, dict[str, Any], dict[str, Any]]:
         """Merge concepts by several methods, draw the same seeds with each, and score the pictures.
 
         Args:
             concepts: names of concepts, 1 to 6, such as ["dog", "barn"].
             prompt: what to draw; {0}, {1} … stand for the concepts in order.
-            methods: columns of the grid: base, alone, or names that `python -m iteris_sd methods` lists; a list, or
-                words with commas.
+            methods: columns of the grid, a list or words with commas: METHODS.
             seeds: rows of the grid: a list of whole numbers, one number, or numbers with commas.
             steps: denoising steps.
             guidance: how strongly the prompt is followed; 1 means plainly.
@@ -103,19 +129,20 @@ def _add_compose(visits: Visits, base: Base) -> None:
             retention: of so many of the seeds, also draw each concept alone by its own LoRA and by each merged one.
 
         Returns:
-            files: pictures (PNG with the recipe inside), grid.png, recipe.json, scores.json and .csv, pictures.zip, and
-                for each merging method a zip with the LoRA and its embeddings.
+            grid: one picture of all pictures with their scores.
+            archive: a zip: pictures that hold their recipe, the grid, recipe.json, scores, a zip of each merged LoRA.
             summary: the content of scores.json: every score, means, 95 % intervals, n, the scorer's name.
             recipe: the content of recipe.json.
         """
         visit = visits.of(request)
         try:
+            columns = _words(methods, "methods")
             recipe = asking.recipe(
                 base=base_model,
                 concepts=_uses(visit, concepts, weights),
                 prompt=prompt,
                 negative=negative,
-                methods=_words(methods),
+                methods=columns,
                 seeds=asking.seeds(seeds),
                 steps=steps,
                 guidance=guidance,
@@ -125,14 +152,16 @@ def _add_compose(visits: Visits, base: Base) -> None:
                 samples=samples,
                 strength=strength,
                 retention=retention,
-                parameters=parameters,
+                parameters=_settings(parameters, columns),
             )
             job = await _ended(visit.compose(recipe))
-            loras = [await _packed(job, method) for method in (job.bag.merged if job.bag else ())]
+            archive = await asyncio.to_thread(_bag(job).archive)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        paths = [drawn.path for drawn in job.state.pictures] + list((job.state.files or {}).values()) + loras
-        return [_file(path) for path in paths], dict(job.state.scores or {}), json.loads(recipe.json_text())
+        grid, scores = (job.state.files or {})["grid"], dict(job.state.scores or {})
+        return _file(grid), _file(archive), scores, json.loads(recipe.json_text())
+
+    compose.__doc__ = (compose.__doc__ or "").replace("METHODS", ", ".join(asking.METHOD_CHOICES))
 
     gr.api(compose, api_name="compose", **_WAITING)
 
@@ -152,7 +181,7 @@ def _add_merge(visits: Visits, base: Base) -> None:
 
         Args:
             concepts: names of concepts, 1 to 6, such as ["dog", "barn"].
-            method: how they are merged, a name that `python -m iteris_sd methods` lists.
+            method: how they are merged: METHODS.
             layout: diffusers (also ComfyUI), kohya (A1111, Forge, ComfyUI) or peft.
             samples: calibration samples per concept.
             base_model: storybook, sd15 or another that the page offers.
@@ -175,16 +204,14 @@ def _add_merge(visits: Visits, base: Base) -> None:
                 guidance=base.guidance,
                 sampler=base.sampler,
                 samples=samples,
-                parameters={method: parameters or {}},
+                parameters=_settings({method: parameters or {}}, [method]),
             )
             export.Form(layout)  # known before the work, too
+            registry.find(method)
             work = await _ended(visit.merge(recipe))
-            return _file(await _packed(work, method, layout))
+            return _file(await asyncio.to_thread(_bag(work).lora, method, layout))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    merge.__doc__ = (merge.__doc__ or "").replace("METHODS", ", ".join(registry.METHODS))
     gr.api(merge, api_name="merge", **_WAITING)
-
-
-def _words(text: list[str] | str) -> list[str]:
-    return [word.strip() for word in text.split(",")] if isinstance(text, str) else text

@@ -95,7 +95,7 @@ def concepts(context: typer.Context, as_json: AsJson = False) -> None:
         if as_json:
             _print_json([concept.described() for concept in found])
             return
-        table = Table("Name", "Title", "Trigger", "Class noun", "Base model")
+        table = _table("Name", "Title", "Trigger", "Class noun", "Base model")
         for one in found:
             table.add_row(*map(escape, (one.name, one.title, one.trigger, one.class_noun, one.base)))
         Console().print(table)
@@ -182,7 +182,7 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         _print_json([_plain(asdict(method)) for method in registry.METHODS.values()])
         return
-    table = Table("Name", "What it does", "Parameters (default)", show_lines=True)
+    table = _table("Name", "What it does", "Parameters (default)", show_lines=True)
     table.add_row(BASE_COLUMN, "No LoRA at all: a reference column.", "")
     table.add_row(ALONE_COLUMN, "Each concept's own LoRA and nobody else's: a reference column for each.", "")
     for method in registry.METHODS.values():
@@ -619,7 +619,7 @@ def _turned(methods: Sequence[Mapping[str, Any]], dial: str) -> list[dict[str, A
 
 
 def _print_measured(lines: Sequence[tuple[str, str]]) -> None:
-    table = Table("What", "Measured")
+    table = _table("What", "Measured")
     for name, value in lines:
         table.add_row(name, value)
     Console().print(table)
@@ -654,11 +654,19 @@ def _print_scores(made: Composition) -> None:
         typer.echo(f"Differences to {title(scoring.BASELINE)} on the same seeds: means ± 95 % intervals.")
 
 
+def _table(*headers: str, **options: Any) -> Table:
+    """A table that cuts nothing off, however narrow the terminal: what its first column names, people type."""
+    table = Table(**options)
+    for place, header in enumerate(headers):
+        table.add_column(header, no_wrap=place == 0, overflow="fold")
+    return table
+
+
 def _print_by_method(rows: Sequence[Row] | Sequence[Paired], sign: str = "") -> None:
     """A line per method, a column per measure; of crops only the least, since there is little room."""
     every = dict.fromkeys(row.measure for row in rows)
     measures = [name for name in every if name != "text_cosine" and not name.startswith("crop:")]
-    table = Table("Method", "n", *(escape(measure.removeprefix("image:")) for measure in measures))
+    table = _table("Method", "n", *(escape(measure.removeprefix("image:")) for measure in measures))
     for column in dict.fromkeys(row.method for row in rows):
         own = {row.measure: row for row in rows if row.method == column}
         cells = [_with_interval(own[measure], sign) if measure in own else "" for measure in measures]
@@ -667,7 +675,7 @@ def _print_by_method(rows: Sequence[Row] | Sequence[Paired], sign: str = "") -> 
 
 
 def _print_alignments(rows: Sequence[Sequence[str]], measures: Sequence[str]) -> None:
-    table = Table(
+    table = _table(
         "Method",
         *measures,
         title="Alignment, in brackets what is more than the linear average's, with 95 % interval",
@@ -681,7 +689,7 @@ def _print_growth(steps: Sequence[Step], as_json: bool) -> None:
     if as_json:
         _print_json([asdict(step) for step in steps])
         return
-    table = Table("Samples", "Concepts", "Sweep", "It held", "Its peak memory", "Peak of iterations")
+    table = _table("Samples", "Concepts", "Sweep", "It held", "Its peak memory", "Peak of iterations")
     for step in steps:
         sizes = (step.frontier, step.sweep_memory, step.iterations_memory)
         mib = [f"{size / 2**20:.0f} MiB" for size in sizes]
@@ -690,7 +698,7 @@ def _print_growth(steps: Sequence[Step], as_json: bool) -> None:
 
 
 def _print_description(found: Description) -> None:
-    table = Table("File", escape(found.file))
+    table = _table("File", escape(found.file))
     table.add_row("Format", found.format)
     table.add_row("Base family", found.family)
     for component, part in found.parts.items():
@@ -709,7 +717,7 @@ def _print_overlap(one: str, other: str, met: Overlap | None) -> None:
             f"{one} and {other} touch no layer of one shape together; they cannot get into each other's way."
         )
         return
-    table = Table(f"Overlap in {met.layers} layers", "Mean", title=escape(f"{one} and {other}"))
+    table = _table(f"Overlap in {met.layers} layers", "Mean", title=escape(f"{one} and {other}"))
     table.add_row("of the inputs they read (0 to 1)", f"{met.inputs:.3f}, by chance {met.chance:.3f}")
     table.add_row("of the outputs they write (0 to 1)", f"{met.outputs:.3f}")
     table.add_row("largest cosine of a principal angle", f"{met.nearest:.3f}")

@@ -59,8 +59,10 @@ _MADE_BY = f"iteris-sd {__version__}"
 def write(composition: Composition, folder: Path) -> None:
     """Write everything into `folder`: all of it, or nothing.
 
-    Files of the same names are replaced, others are left alone. Raises UserError when the folder cannot be written.
+    Files of the same names are replaced, and those of an earlier composition go; others are left alone. Raises
+    UserError when the folder cannot be written.
     """
+    earlier = _earlier(folder)
     with _assembled(folder) as draft:
         grid(composition).save(draft / "grid.png")
         for picture in (*composition.pictures, *composition.retained):
@@ -71,6 +73,24 @@ def write(composition: Composition, folder: Path) -> None:
         for method, merged in composition.merged.items():
             metadata = lora_metadata(composition.recipe, composition.concepts, merged)
             write_lora(merged.lora, composition.tokens, draft / "merged" / f"{method}{SUFFIX}", metadata)
+        now = {file.relative_to(draft) for file in draft.rglob("*")}
+    for file in earlier - now:
+        (folder / file).unlink(missing_ok=True)
+
+
+def _earlier(folder: Path) -> set[Path]:
+    """Pictures and merged LoRAs of the composition that `folder` holds, as far as its own files tell of them."""
+    try:
+        told = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        names = [picture["file"] for kind in ("pictures", "retained") for picture in told[kind]]
+        methods = [use.name for use in Recipe.read(folder / "recipe.json").merging]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return set()
+    merged = {Path("merged", f"{method}{SUFFIX}") for method in methods}
+    places = [Path("merged", f"{method}.embeddings") for method in methods]
+    tokens = {place / file.name for place in places for file in (folder / place).glob(f"*{SUFFIX}")}
+    pictures = {Path(Path(str(name)).name) for name in names}
+    return {picture for picture in pictures if picture.suffix == ".png"} | merged | tokens
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Kept:
         """
         if unknown := sorted(set(changes) - set(_EDITABLE)):
             raise UserError(f"{unknown[0]} cannot be changed; {', '.join(_EDITABLE)} can.")
-        concept = replace(self.library().find(name), **changes)
+        concept = replace(self._own(name), **changes)
         with drafting(self.folder) as draft:
             _write_words(draft, concept)
             read_concept(draft)
@@ -158,7 +158,7 @@ class Kept:
     def remove(self, name: str) -> None:
         """Remove a concept, or a broken folder. Raises UserError when there is none, or it cannot be removed."""
         if name not in self.broken:
-            self.library().find(name)
+            self._own(name)
         with drafting(self.folder) as draft:
             patiently(lambda: (self.folder / name).rename(draft / "removed"))
 
@@ -198,6 +198,15 @@ class Kept:
             except UserError as error:
                 found[name] = error
         return found
+
+    def _own(self, name: str) -> Concept:
+        """A concept that is kept here. Raises UserError when there is none of that name, and for a shipped one."""
+        library = self.library()
+        if name not in library.concepts and name in Library.shipped().concepts:
+            raise UserError(
+                f"{name} comes with this project, and stays as it is; add a LoRA of your own to change it."
+            )
+        return library.find(name)
 
     def _one(self, name: str) -> Concept:
         return replace(read_concept(self.folder / name), name=name)
@@ -360,5 +369,5 @@ def _write_references(folder: Path, paths: Sequence[Path]) -> None:
 
 def _slug(name: str, otherwise: str = "concept") -> str:
     """A name fit for a folder or file, in small letters, with room for a number behind it."""
-    words = re.sub(r"\W+", "-", unicodedata.normalize("NFKC", name).lower())
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", name).lower())
     return possible(words[: limits.MAX_NAME_CHARS - 4].strip("-_") or otherwise)

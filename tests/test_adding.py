@@ -80,7 +80,7 @@ def test_a_folder_of_diffusers_output_is_kept_as_its_file(toy: Path, kept: Kept,
     (folder / "checkpoint-500").mkdir()
     assert adding.opened(folder).name == "my_dog"
     concept = adding.keep(kept, folder)
-    assert (concept.name, concept.lora.name) == ("my_dog", "lora.safetensors")
+    assert (concept.name, concept.lora.name) == ("my-dog", "lora.safetensors")
     assert set(concept.load().lora) == {TO_K}
 
 

@@ -56,6 +56,14 @@ def test_concepts() -> None:
     assert "<rex> dog" in done("concepts")
 
 
+def test_no_name_is_cut_off_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    assert all(f"│ {name} " in done("concepts") for name in ("barn", "cat", "dog"))
+    listed = done("methods")
+    assert all(f"│ {name} " in listed for name in METHODS)
+    assert "…" not in listed
+
+
 def test_methods() -> None:
     listed = {method["name"]: method for method in json.loads(done("methods", "--json"))}
     assert list(listed) == list(METHODS)

@@ -99,6 +99,23 @@ def test_an_existing_folder_keeps_what_is_not_ours(composition: Composition, tmp
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_what_an_earlier_composition_wrote_does_not_stay_beside_it(
+    composition: Composition, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export.write(composition, out)
+    (out / "mine_seed0.png").write_bytes(b"a picture of mine")
+    (out / "merged" / "mine.safetensors").write_bytes(b"a LoRA of mine")
+    fewer = composition.recipe.model_copy(update={"methods": composition.recipe.methods[1:2], "seeds": (7,)})
+    method = fewer.methods[0].name
+    kept = tuple(p for p in composition.pictures if p.method == method and p.seed == 7)
+    merged = {method: composition.merged[method]}
+    less = replace(composition, recipe=fewer, pictures=kept, merged=merged, retained=())
+    export.write(less, out)
+    export.write(less, tmp_path / "alone")
+    assert files(out) == files(tmp_path / "alone") | {"mine_seed0.png", "merged/mine.safetensors"}
+
+
 def test_nothing_is_left_when_writing_fails(
     composition: Composition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,11 +79,11 @@ def test_a_file_is_copied_and_its_words_are_guessed(kept: Kept, tmp_path: Path) 
     file = lora_file(tmp_path / "my_dog-v2.safetensors", instance_prompt="a photo of sks dog")
     added = kept.add(file, revision="abc")
     assert added == Concept(
-        name="my_dog-v2",
+        name="my-dog-v2",
         title="my dog v2",
         trigger="sks dog",
         class_noun="dog",
-        lora=kept.folder / "my_dog-v2" / "lora.safetensors",
+        lora=kept.folder / "my-dog-v2" / "lora.safetensors",
         base="sd15",
         source="my_dog-v2.safetensors",
         revision="abc",
@@ -135,7 +135,7 @@ def test_names_are_made_fit_for_folders(kept: Kept, tmp_path: Path, name: str, s
 
 def test_a_file_s_long_name_is_cut(kept: Kept, tmp_path: Path) -> None:
     added = kept.add(lora_file(tmp_path / f"{'very_' * 20}long.safetensors"))
-    assert added.name == "very_" * 11 + "very" and added.title == "very " * 12 + "very"
+    assert added.name == "very-" * 11 + "very" and added.title == "very " * 12 + "very"
 
 
 def test_names_are_numbered_where_they_are_taken(kept: Kept, tmp_path: Path, dog: Path) -> None:
@@ -277,7 +277,7 @@ def test_pictures_are_replaced_by_others_or_by_themselves(kept: Kept, dog: Path,
     assert [p.getpixel((0, 0)) for p in changed.pictures()] == [(250, 128, 114), (0, 128, 128), (0, 128, 128)]
     assert kept.set_references("dog-2", []).references == ()
     assert len(kept.set_references("dog-2", read_concept(dog).references).references) == 2
-    with pytest.raises(UserError, match="There is no concept 'dog'"):
+    with pytest.raises(UserError, match="dog comes with this project"):
         kept.set_references("dog", [])
     assert left(kept) == ["dog-2"]
 
@@ -502,10 +502,13 @@ def test_concepts_are_removed(kept: Kept, dog: Path) -> None:
     kept.add(dog)
     kept.remove("dog-2")
     assert left(kept) == ["dog-3"]
-    for name in ("dog-2", "dog", "", ".", "../concepts", "dog-3/references"):
+    for name in ("dog-2", "wolf", "", ".", "../concepts", "dog-3/references"):
         with pytest.raises(UserError, match="There is no concept"):
             kept.remove(name)
     assert left(kept) == ["dog-3"]
+    for change in (kept.remove, lambda name: kept.edit(name, title="Rex")):
+        with pytest.raises(UserError, match="dog comes with this project, and stays as it is"):
+            change("dog")
 
 
 def test_a_broken_folder_does_not_hide_the_others(kept: Kept, dog: Path) -> None:

@@ -18,16 +18,20 @@ import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from iteris_sd import bases, compiling, memory, prompting, sd15, weights
+from iteris_sd import bases, checkpoints, compiling, memory, prompting, sd15, weights
 from iteris_sd.errors import UserError
 from iteris_sd.layers import added, check_fit, weight
 from iteris_sd.lora import LoRA, LowRank
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_BROKEN = (OSError, ValueError, KeyError, RuntimeError)  # what the libraries raise for files that are
+# What the libraries raise for files that are.
+_BROKEN = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
 _LOADING = threading.Lock()  # so that two threads that want it load it once
 _TEXT_LAYOUT = "text_model."  # older transformers put this before every module name
 
@@ -43,7 +47,10 @@ class Backbone:
         self.base, self.pipeline = base, pipeline
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
-        # Learned tokens of several vectors -> as the tokenizer knows them.
+        # A tokenizer without settings knows no bound, and the text encoder has one.
+        most = pipeline.text_encoder.config.max_position_embeddings
+        self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, most)
+        # Learned tokens of several vectors, in lower case -> as the tokenizer knows them.
         self._spelled: Mapping[str, str] = {}
         self._clip_skip = 1
         self.layers: Mapping[str, nn.Module] = MappingProxyType(
@@ -79,10 +86,12 @@ class Backbone:
         return self.unet.config.in_channels, side, side
 
     def spell(self, prompt: str) -> str:
-        """A prompt with every learned token of several vectors written out."""
-        for token, spelled in self._spelled.items():
-            prompt = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", spelled, prompt)
-        return prompt
+        """A prompt with every learned token of several vectors written out, in whatever case it stands there."""
+        if not self._spelled:
+            return prompt
+        found = "|".join(re.escape(token) for token in sorted(self._spelled, key=len, reverse=True))
+        words = re.compile(rf"(?<!\w)(?:{found})(?!\w)", re.IGNORECASE)
+        return words.sub(lambda token: self._spelled.get(token[0].lower(), token[0]), prompt)
 
     def tokenise(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of plain prompts, (n, positions) int64, cut off where the text encoder ends."""
@@ -103,7 +112,7 @@ class Backbone:
         """
         ids, weights = prompting.tokenised(self.tokenizer, [self.spell(prompt) for prompt in prompts])
         states = self.states(ids.flatten(0, 1).to(self.device))
-        return prompting.weighed(states.reshape(len(ids), -1, states.shape[-1]), weights.flatten(1))
+        return prompting.weighed(states, weights.flatten(0, 1)).reshape(len(ids), -1, states.shape[-1])
 
     def states(self, ids: Tensor) -> Tensor:
         """Text states of token ids, (n, positions, width), of the layer that clip skip asks for."""
@@ -183,8 +192,11 @@ class Backbone:
                     f"The token {token!r} has vectors of the shape {tuple(vectors.shape)}, but {self.base.title} needs "
                     f"them {width} wide; it was made for another model."
                 )
-        pieces = {token: [token, *(f"{token}_{k}" for k in range(1, len(v)))] for token, v in tokens.items()}
+        pieces = {
+            token: [prompting.vector_name(token, k) for k in range(len(v))] for token, v in tokens.items()
+        }
         names = [name for several in pieces.values() for name in several]
+        _check_different(names)
         if known := set(names) & self.tokenizer.get_vocab().keys():
             raise UserError(f"The base model knows the token {min(known)!r} already; rename it.")
         spelled, tokenizer, grown = self._spelled, self.tokenizer, copy.deepcopy(self.tokenizer)
@@ -196,7 +208,7 @@ class Backbone:
         try:
             self.text_encoder.set_input_embeddings(longer)
             self.tokenizer = self.pipeline.tokenizer = grown
-            self._spelled = {t: " ".join(several) for t, several in pieces.items() if len(several) > 1}
+            self._spelled = {t.lower(): " ".join(p) for t, p in pieces.items() if len(p) > 1}
             yield
         finally:
             self._spelled = spelled
@@ -210,6 +222,18 @@ def _adding(adapters: Sequence[LowRank | None], rows: int):  # type: ignore[no-u
         return added(module, args[0], output, adapters, rows)
 
     return hook
+
+
+def _check_different(names: Sequence[str]) -> None:
+    """Raise UserError where two vectors would go by one name; case does not count, as CLIP reads all in lower case."""
+    seen: set[str] = set()
+    for name in names:
+        if name.lower() in seen:
+            raise UserError(
+                f"Two learned vectors would be called {name!r} (the vectors of a token <a> are <a>, <a>_1, <a>_2 …, in "
+                "whatever case); rename the token of one of these concepts."
+            )
+        seen.add(name.lower())
 
 
 def fetch(name: str) -> Generator[tuple[int, int], None, None]:
@@ -241,16 +265,17 @@ def load(name: str = "storybook") -> Backbone:
 def _loaded(base: bases.Base) -> Backbone:
     place = weights.located(base)
     if place is None or not (place.is_file() or (place / weights.INDEX).is_file()):
-        where = "in the cache" if base.download else f"at {base.source}; fetch the whole project again"
-        raise UserError(f"The weights of {base.title} are not {where}.")
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # ours is the only one
+        raise UserError(_absent(base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(base, device)
     try:
-        pipeline = _single_file(place, dtype) if place.is_file() else _folder(place, dtype)
+        with _quietly():
+            pipeline = _single_file(place, dtype) if place.is_file() else _folder(place, dtype)
+            _check_whole(pipeline)
     except _BROKEN as error:
-        raise UserError(f"The weights of {base.title} at {place} cannot be loaded: {error}") from error
+        # Diffusers leaves what a file lacks without data, and then fails to move it.
+        why = "it lacks weights; download it again." if isinstance(error, NotImplementedError) else error
+        raise UserError(f"The weights of {base.title} at {place} cannot be loaded: {why}") from error
     memory.placed(pipeline, device)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
@@ -271,28 +296,77 @@ def _folder(place: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     kind = weights.variant(place) or ""
     told = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     checker = weights.checker(place) if weights.safety_wanted() else None
-    part: dict[str, Any] = {}
+    parts: dict[str, Any] = {
+        "text_encoder": _text_encoder(place / "text_encoder", variant=kind or None, **told)
+    }
     if checker is None:
-        part = {"safety_checker": None, "requires_safety_checker": False}
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     elif checker != kind:  # diffusers takes halves beside plain weights for a mistake
         own = place / "safety_checker"
         loaded = StableDiffusionSafetyChecker.from_pretrained(own, variant=checker or None, **told)
-        part = {"safety_checker": loaded}
-    return StableDiffusionPipeline.from_pretrained(place, variant=kind or None, **told, **part)
+        parts["safety_checker"] = loaded
+    return StableDiffusionPipeline.from_pretrained(place, variant=kind or None, **told, **parts)
 
 
 def _single_file(place: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    # Diffusers knows one way to name the text encoder's tensors, and some checkpoints have another.
+    with safe_open(place, "pt") as file:
+        named = checkpoints.text_encoder(file.keys())
+        tensors = {name: file.get_tensor(key) for name, key in named.items()}
+    config = CLIPTextConfig(**sd15.TEXT)
+    encoder = _text_encoder(None, config=config, state_dict=tensors, dtype=dtype)
     with tempfile.TemporaryDirectory(prefix="iteris-sd-") as folder:
-        sd15.write_configuration(Path(folder))
+        sd15.write_configuration(Path(folder), checkpoints.noise_schedule(place))
         return StableDiffusionPipeline.from_single_file(
             str(place),
             config=folder,
+            text_encoder=encoder,
             torch_dtype=dtype,
             local_files_only=True,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+
+def _text_encoder(place: Path | None, **told: Any) -> CLIPTextModel:
+    """A text encoder that has all its weights; ValueError otherwise: they would be random, and nobody would see."""
+    encoder, found = CLIPTextModel.from_pretrained(place, output_loading_info=True, **told)
+    if missing := found["missing_keys"]:
+        raise ValueError(f"its text encoder has no {min(missing)}; download it again.")
+    return encoder
+
+
+def _check_whole(pipeline: StableDiffusionPipeline) -> None:
+    """Raise ValueError where a network lacks weights."""
+    for part in ("unet", "vae", "text_encoder"):
+        for name, parameter in getattr(pipeline, part).named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"it has no {part}.{name}; download it again.")
+
+
+def _absent(base: bases.Base) -> str:
+    """That a base model is not where it should be, and what to do."""
+    if base.name == "storybook":
+        return f"The weights of {base.title} are not at {base.source}; fetch the whole project again."
+    if base.download:
+        return f"The weights of {base.title} are not in the cache."
+    return f"The base model {base.title} is no longer at {base.source}; put it back, or choose another one."
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within the block diffusers and transformers log nothing: what is wrong is raised, and the rest only alarms."""
+    loggings = [library.utils.logging for library in (diffusers, transformers)]
+    before = [logging.get_verbosity() for logging in loggings]
+    try:
+        for logging in loggings:
+            logging.disable_progress_bar()  # ours is the only one; for good
+            logging.set_verbosity(logging.CRITICAL)
+        yield
+    finally:
+        for logging, level in zip(loggings, before, strict=True):
+            logging.set_verbosity(level)
 
 
 def forget() -> None:

@@ -397,6 +397,11 @@ def _sentence(error: BaseException, repo: str) -> str:
             )
         case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
             return f"The Hugging Face Hub refuses {repo}; log in with `hf auth login` as someone who may read it."
+        case errors.HfHubHTTPError(response=response) if response.status_code == 429:
+            return (
+                f"The Hugging Face Hub has had too many requests from here to give {repo} now; try again in a few "
+                "minutes, or log in with `hf auth login`, which allows more: files that have come are kept."
+            )
         case errors.HfHubHTTPError(response=response):
             return (
                 f"The Hugging Face Hub has trouble with {repo} (error {response.status_code}); try again in a "

@@ -22,6 +22,7 @@ _STEP = 1.1  # what a bare pair of brackets weighs
 _PARTNER = {")": "(", "]": "["}
 _MARKS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|[\\:]")
 _END_OF_WORD = "</w>"
+_SOUND_MEAN = 0.02  # of the RMS, from where a mean is one: those of Storybook's text states stay below 0.01
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def plain(prompt: str) -> str:
 def escaped(words: str) -> str:
     """Words that are to be read as they stand, brackets and all."""
     return re.sub(r"([()\[\]\\])", r"\\\1", words)
+
+
+def vector_name(token: str, k: int) -> str:
+    """What the tokenizer calls vector k of a learned token of several: 0 is the token itself."""
+    return f"{token}_{k}" if k else token
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
@@ -108,15 +114,21 @@ def tokenised(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[Tensor,
 
 
 def _weighted_words(tokenizer: CLIPTokenizer, prompt: str) -> list[list[tuple[int, float]]]:
-    """The words of a prompt, each as its tokens and their weight."""
-    words: list[list[tuple[int, float]]] = [[]]
+    """The words of a prompt, each as its tokens and their weight; a learned token's vectors are one word."""
+    added = set(tokenizer.get_added_vocab().values())  # ids: names come back in lower case
+    words: list[list[tuple[int, float]]] = []
+    ended, learned = True, None  # whether the last word is whole, and which learned token it began with
     for piece in parse(prompt):
         ids = tokenizer(piece.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         for token, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+            further = learned is not None and name == vector_name(learned, len(words[-1]))
+            if not further:
+                learned = name if token in added else None
+                if ended or learned is not None:
+                    words.append([])
             words[-1].append((token, piece.weight))
-            if name.endswith(_END_OF_WORD) or name in tokenizer.get_added_vocab():
-                words.append([])
-    return [word for word in words if word]
+            ended = token in added or name.endswith(_END_OF_WORD)
+    return words
 
 
 def _chunks(words: Sequence[Sequence[tuple[int, float]]], room: int) -> list[list[tuple[int, float]]]:
@@ -132,8 +144,20 @@ def _chunks(words: Sequence[Sequence[tuple[int, float]]], room: int) -> list[lis
 
 
 def weighed(states: Tensor, weights: Tensor) -> Tensor:
-    """Text states (n, tokens, width) times weights (n, tokens); each text's mean stays what it was, as in A1111."""
+    """Text states (n, tokens, width) of single chunks times weights (n, tokens), brought back to how strong they were.
+
+    Each chunk's mean stays what it was, as in A1111 (its "original" emphasis, one prompt at a time), which was made for
+    CLIP's states. A mean near zero is a remainder of cancellation, and the ratio of two such would scale all words by
+    anything; so where it is one, or turns over, the root of the mean square stays what it was instead.
+    """
     scaled = states * weights.unsqueeze(-1).to(states)
-    before, after = (x.float().mean(dim=(1, 2), keepdim=True) for x in (states, scaled))
-    same = (after.abs() < 1e-6) | (weights == 1).all(dim=1)[:, None, None].to(after.device)
-    return scaled * (before / after).masked_fill(same, 1.0).to(states.dtype)
+    (mean, rms), (new_mean, new_rms) = (_mean_and_rms(x.float()) for x in (states, scaled))
+    sound = (mean.abs() > _SOUND_MEAN * rms) & (new_mean * mean.sign() > _SOUND_MEAN * new_rms)
+    ratio = (mean / new_mean).where(sound, rms / new_rms)
+    plain = (weights == 1).all(dim=1)[:, None, None].to(ratio.device)
+    return scaled * ratio.masked_fill(plain | (new_rms == 0), 1.0).to(states.dtype)
+
+
+def _mean_and_rms(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of (n, tokens, width), (n, 1, 1)."""
+    return states.mean(dim=(1, 2), keepdim=True), states.square().mean(dim=(1, 2), keepdim=True).sqrt()

@@ -83,8 +83,15 @@ class Step:
 
 
 def scheduler(backbone: Backbone, settings: Settings) -> SchedulerMixin:
-    """A fresh sampler on the base model's noise schedule, set to the number of steps."""
-    fresh = SAMPLERS[settings.sampler].from_config(backbone.pipeline.scheduler.config)
+    """A fresh sampler on the base model's noise schedule, set to the number of steps.
+
+    Some samplers bound x_0 by ±1 unless told otherwise, which suits pixels; latents go beyond, so they do only where
+    the model's own settings say so.
+    """
+    told = dict(backbone.pipeline.scheduler.config)
+    unsaid = told.pop("_use_default_values", ())  # what the model's settings left open
+    given = {name: value for name, value in told.items() if name not in unsaid}
+    fresh = SAMPLERS[settings.sampler].from_config({"clip_sample": False, **given})
     fresh.set_timesteps(settings.steps, device=backbone.device)
     return fresh
 
@@ -254,9 +261,41 @@ def decode(backbone: Backbone, latents: Tensor) -> list[Drawn]:
 
 @torch.no_grad()
 def _decoded(backbone: Backbone, latents: Tensor) -> list[Drawn]:
-    pixels = backbone.vae.decode(latents / backbone.vae.config.scaling_factor).sample
-    pixels, found = backbone.pipeline.run_safety_checker(pixels, backbone.device, backbone.dtype)
+    pixels, found = backbone.pipeline.run_safety_checker(
+        _pixels(backbone, latents), backbone.device, backbone.dtype
+    )
     pictures = backbone.pipeline.image_processor.postprocess(pixels, output_type="pil")
     flags = found or [False] * len(pictures)
     rows = zip(pictures, latents, flags, strict=True)
     return [Drawn(picture, own, bool(flag)) for picture, own, flag in rows]
+
+
+def _pixels(backbone: Backbone, latents: Tensor) -> Tensor:
+    """Decoded latents, (n, 3, height, width); again in float32 where numbers of halves overflow, as some VAEs' do.
+
+    Raises UserError when there are values that are no numbers all the same.
+    """
+    vae = backbone.vae
+    latents = latents / vae.config.scaling_factor
+    pixels = vae.decode(latents).sample
+    if not _finite(pixels) and _finite(latents) and vae.dtype != torch.float32:
+        narrow = vae.dtype
+        try:
+            pixels = vae.to(torch.float32).decode(latents.float()).sample
+        finally:
+            vae.to(narrow)
+    if not _finite(pixels):
+        if _finite(latents):
+            raise UserError(
+                f"The VAE of {backbone.base.title} decodes a picture to values that are no numbers, in float32, "
+                "too; lower the weights and the guidance, or, where no picture comes, choose another base model."
+            )
+        raise UserError(
+            f"{backbone.base.title} denoises to values that are no numbers, in {str(backbone.dtype)[6:]}; lower the "
+            "weights and the guidance, set ITERIS_SD_DTYPE=fp32, or choose another base model."
+        )
+    return pixels
+
+
+def _finite(numbers: Tensor) -> bool:
+    return bool(numbers.isfinite().all())

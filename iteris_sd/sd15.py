@@ -7,6 +7,7 @@ benchmarks. The tokenizer's vocabulary is CLIP's, as open_clip brings it along.
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -59,15 +60,18 @@ TEXT: Mapping[str, Any] = MappingProxyType(
 )
 SCHEDULER: Mapping[str, Any] = MappingProxyType(
     {
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
+        "_class_name": "PNDMScheduler",
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
-        "steps_offset": 1,
-        "skip_prk_steps": True,
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
         "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
     }
-)
+)  # as it was published: what it leaves open, such as how timesteps are spaced, each sampler decides
 
 
 @lru_cache(maxsize=1)
@@ -103,15 +107,18 @@ def random_pipeline(
             text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
             tokenizer=tokenizer(),
             unet=UNet2DConditionModel(**unet),
-            scheduler=PNDMScheduler(**SCHEDULER),
+            scheduler=PNDMScheduler.from_config(dict(SCHEDULER)),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
 
 
-def write_configuration(folder: Path) -> None:
-    """Write into `folder` what diffusers needs to know to make a pipeline of a single-file checkpoint."""
+def write_configuration(folder: Path, schedule: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write into `folder` what diffusers needs to know to make a pipeline of a single-file checkpoint.
+
+    `schedule`: settings of its noise schedule that differ from v1.5's.
+    """
     with torch.device("meta"):
         pipeline = random_pipeline()
     pipeline.save_config(folder)
@@ -119,4 +126,6 @@ def write_configuration(folder: Path) -> None:
         getattr(pipeline, name).save_config(folder / name)
     pipeline.text_encoder.config.save_pretrained(folder / "text_encoder")
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    (folder / "scheduler").mkdir()
+    told = json.dumps({**SCHEDULER, **schedule})  # the scheduler itself would write its defaults, too
+    (folder / "scheduler" / "scheduler_config.json").write_text(told, encoding="utf-8")

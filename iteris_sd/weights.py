@@ -12,14 +12,20 @@ from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 
 INDEX = "model_index.json"
-_NETWORKS = {
+NETWORKS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }  # what each part's weights are called
 _CHECKER = "safety_checker"
+_SEES = "feature_extractor/preprocessor_config.json"  # what shrinks pictures for the checker
 _SETTINGS = ("scheduler", "tokenizer", "feature_extractor")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # of a tokenizer, new and old
+SAFETY = "ITERIS_SD_SAFETY"
+_SWITCH = {
+    **dict.fromkeys(("on", "1", "true", "yes"), True),
+    **dict.fromkeys(("off", "0", "false", "no"), False),
+}
 HALF = "fp16"  # the variant that is fetched where there is one: half the bytes
 _FORMER = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("runwayml/stable-diffusion-v1-5",)
@@ -42,14 +48,15 @@ def located(base: Base) -> Path | None:
 def variant(folder: Path) -> str | None:
     """Which files of a diffusers folder hold its weights: "" the plain ones, "fp16" the halves; None: not all there."""
     for kind in ("", HALF):
-        if all((folder / _weights(part, stem, kind)).is_file() for part, stem in _NETWORKS.items()):
+        if all((folder / _weights(part, stem, kind)).is_file() for part, stem in NETWORKS.items()):
             return kind
     return None
 
 
 def checker(folder: Path) -> str | None:
-    """Which files of a diffusers folder hold its safety checker, as `variant`; it may be another. None: it has none."""
-    if not (folder / _CHECKER / "config.json").is_file():
+    """Which files of a diffusers folder hold its safety checker, as `variant`; it may be another. None: it has none,
+    or not what prepares pictures for it."""
+    if not all((folder / name).is_file() for name in (f"{_CHECKER}/config.json", _SEES)):
         return None
     first = variant(folder) or ""
     for kind in (first, HALF if first == "" else ""):
@@ -59,8 +66,14 @@ def checker(folder: Path) -> str | None:
 
 
 def safety_wanted() -> bool:
-    """Whether pictures go through a model's safety checker: as ITERIS_SD_SAFETY says, else where strangers draw."""
-    return os.environ.get("ITERIS_SD_SAFETY", "on" if serving.public() else "off") != "off"
+    """Whether pictures go through a model's safety checker: as ITERIS_SD_SAFETY says, else where strangers draw.
+
+    Raises UserError when it says neither.
+    """
+    told = os.environ.get(SAFETY, "")
+    if told and told.lower() not in _SWITCH:
+        raise UserError(f"{SAFETY} is {told!r}; choose one of on, off.")
+    return _SWITCH[told.lower()] if told else serving.public()
 
 
 def safety(base: Base) -> str:
@@ -111,7 +124,7 @@ def needed(files: Mapping[str, int]) -> list[str]:
     Raises UserError when it has no safetensors, or no safety checker where that is wanted.
     """
     for kind in (HALF, ""):
-        networks = [_weights(part, stem, kind) for part, stem in _NETWORKS.items()]
+        networks = [_weights(part, stem, kind) for part, stem in NETWORKS.items()]
         if all(name in files for name in networks):
             break
     else:
@@ -120,24 +133,27 @@ def needed(files: Mapping[str, int]) -> list[str]:
         )
     checkers = [_weights(_CHECKER, "model", one) for one in (kind, "" if kind else HALF)]
     checker = [name for name in checkers if name in files][:1]
-    if safety_wanted() and not checker:
+    if safety_wanted() and not (checker and _SEES in files):
         raise UserError(
             "This repository has no safety checker as safetensors, and one is wanted here; choose another base model, "
             "or set ITERIS_SD_SAFETY=off."
         )
     settings = [name for name in files if _is_setting(name)]
-    configs = [f"{part}/config.json" for part in (*_NETWORKS, _CHECKER) if f"{part}/config.json" in files]
+    configs = [f"{part}/config.json" for part in (*NETWORKS, _CHECKER) if f"{part}/config.json" in files]
     return [INDEX, *settings, *configs, *networks, *checker]
+
+
+def lacking(folder: Path) -> str | None:
+    """A file that a pipeline is loaded from, its weights and safety checker apart, and a folder does not have."""
+    settings = [INDEX, "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in NETWORKS)]
+    if not any(all((folder / "tokenizer" / name).is_file() for name in names) for names in _VOCABULARIES):
+        settings.append("tokenizer/tokenizer.json")
+    return next((name for name in settings if not (folder / name).is_file()), None)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether a cached snapshot has all that a pipeline is loaded from, its safety checker apart."""
-    settings = [INDEX, "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in _NETWORKS)]
-    return (
-        variant(folder) is not None
-        and all((folder / name).is_file() for name in settings)
-        and any(all((folder / "tokenizer" / name).is_file() for name in names) for names in _VOCABULARIES)
-    )
+    return variant(folder) is not None and lacking(folder) is None
 
 
 def _is_checked(place: Path) -> bool:

@@ -153,6 +153,26 @@ def test_a_token_of_several_vectors_is_one_word(backbone: Backbone) -> None:
     assert toybook.trace(backbone) == before and backbone.spell("a <big> dog") == "a <big> dog"
 
 
+def test_a_token_of_several_vectors_is_known_in_whatever_case(backbone: Backbone) -> None:
+    with backbone.prepared({"<Big>": torch.ones(2, toybook.WIDTH), "<big>g": torch.ones(2, toybook.WIDTH)}):
+        assert backbone.spell("<BIG>, <big> <BIG>G") == "<Big> <Big>_1, <Big> <Big>_1 <big>g <big>g_1"
+        ids = backbone.tokenise(["<Big>", "<BIG>", "<big>"])
+        assert torch.equal(ids[0], ids[1]) and torch.equal(ids[0], ids[2])
+    with backbone.prepared({r"<a\1s>": torch.ones(2, toybook.WIDTH)}):
+        # The long s is an s of another case to regular expressions alone.
+        assert backbone.spell("<A\\1S> <a\\1ſ>") == "<a\\1s> <a\\1s>_1 <a\\1ſ>"
+
+
+@pytest.mark.parametrize("other", ["<a>_1", "<A>", "<A>_2"])
+def test_no_two_vectors_go_by_one_name(backbone: Backbone, other: str) -> None:
+    """The tokenizer would keep one of them, and all that come after would have another's vector."""
+    before = toybook.trace(backbone)
+    tokens = {"<a>": torch.ones(3, toybook.WIDTH), other: torch.ones(1, toybook.WIDTH)}
+    with pytest.raises(UserError, match=f"Two learned vectors would be called '{other}'.*rename the token"):
+        backbone.prepared(tokens).__enter__()
+    assert toybook.trace(backbone) == before
+
+
 def test_clip_skip_reads_an_earlier_layer(backbone: Backbone) -> None:
     plain = backbone.encode(["a dog"])
     encoder = getattr(backbone.text_encoder, "text_model", backbone.text_encoder)

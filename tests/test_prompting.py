@@ -110,6 +110,49 @@ def test_weighing_keeps_the_mean_and_ones_change_nothing() -> None:
     assert torch.allclose(ratio[2] / ratio[0], torch.full((5,), 1.7))
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.005, -0.005])
+@pytest.mark.parametrize("weight", [0.5, 1.5, 4.0])
+def test_states_without_a_mean_to_speak_of_keep_their_strength(mean: float, weight: float) -> None:
+    """As Storybook's are; by the ratio of two means near nothing all words would grow or turn over."""
+    states = torch.randn(8, 48, 64, generator=torch.Generator().manual_seed(0))
+    states += mean - states.mean(dim=(1, 2), keepdim=True)
+    weights = torch.ones(8, 48)
+    weights[:, 2:5] = weight
+    found = prompting.weighed(states, weights)
+    assert torch.allclose(found.square().mean(dim=(1, 2)), states.square().mean(dim=(1, 2)))
+    assert (
+        0.5 < float((found[:, 10] / states[:, 10]).min()) <= float((found[:, 10] / states[:, 10]).max()) < 1.2
+    )
+
+
+def test_a_mean_that_turns_over_turns_no_word_over() -> None:
+    states = torch.full((1, 4, 3), 1.0)
+    states[:, 3] = -2.0  # the mean of all is 0.25, and with that word three times as strong -0.75
+    found = prompting.weighed(states, torch.tensor([[1.0, 1.0, 1.0, 3.0]]))
+    assert torch.equal(found.sign(), states.sign())
+
+
+def test_a_weight_in_one_chunk_leaves_the_others_alone(backbone: Backbone) -> None:
+    words = "a dog and a barn " * 40
+    plain, weighed = (backbone.encode([prompt])[0] for prompt in (words, f"(a dog:2) {words[6:]}"))
+    positions = backbone.tokenizer.model_max_length
+    assert not torch.equal(plain[:positions], weighed[:positions])
+    assert torch.equal(plain[positions:], weighed[positions:])
+
+
+@pytest.mark.parametrize("token", ["<big>", "<Big>"])
+@pytest.mark.parametrize("before", [0, 66, 67, 68, 74, 75])
+def test_a_token_of_several_vectors_is_in_one_chunk(before: int, token: str) -> None:
+    tokenizer = sd15.tokenizer()
+    names = [prompting.vector_name(token, k) for k in range(8)]
+    tokenizer.add_tokens([*names, "<other>"])
+    *several, other = tokenizer.convert_tokens_to_ids([*names, "<other>"])
+    ids, _ = prompting.tokenised(tokenizer, ["cat " * before + " ".join(names) + " <other>" * 70])
+    chunks = [[t for t in c if t in several] for c in ids[0].tolist()]
+    assert several in chunks and sum(map(len, chunks)) == len(several)
+    assert (other in ids[0, 0]) == (before + len(several) < 75)  # the next token is a word of its own
+
+
 def test_the_model_reads_plain_prompts_as_before(backbone: Backbone) -> None:
     prompts = ["a dog", ""]
     assert torch.equal(backbone.encode(prompts), backbone.states(backbone.tokenise(prompts)))

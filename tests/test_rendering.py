@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin, StableDiffusionPipeline
 from PIL import Image
 
 from iteris_sd import backbone as backbones
@@ -61,6 +61,23 @@ def test_the_loop_draws_what_plain_diffusers_draws_on_the_shipped_model(sampler:
     except UserError as absent:
         pytest.skip(str(absent))
     assert apart(drawn(backbone, 5, Settings(sampler, 4)), drawn_plainly(backbone, sampler, 4.0, "")) <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("told", "clips"), [({}, False), ({"clip_sample": True}, True), ({"clip_sample": False}, False)]
+)
+@pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler])
+def test_no_sampler_bounds_latents_unless_the_model_says_so(
+    backbone: Backbone,
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+    kind: type[SchedulerMixin],
+    told: dict[str, bool],
+    clips: bool,
+) -> None:
+    monkeypatch.setattr(backbone.pipeline, "scheduler", kind.from_config(told))
+    assert rendering.scheduler(backbone, Settings(sampler)).config["clip_sample"] == clips
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -138,6 +155,39 @@ def test_a_picture_that_the_safety_checker_blanks_is_flagged(
     fine, blanked = finish(rendering.render(backbone, PROMPT, "", [1, 2], Settings(steps=1)))
     assert not fine.flagged and blanked.flagged
     assert np.asarray(blanked.image).std() == 0 < np.asarray(fine.image).std()
+
+
+def test_what_overflows_in_halves_is_decoded_again(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = backbone.vae.decoder.conv_out
+    latents = torch.randn(1, *backbone.latent_shape(), generator=torch.Generator().manual_seed(0))
+    scale = 1e6 / float(last.weight.abs().max())  # sums of these are beyond 65504, which halves end at
+    wanted = np.asarray(rendering.decode(backbone, latents)[0].image, dtype=int)
+    try:
+        with torch.no_grad():
+            backbone.vae.half()
+            handle = last.register_forward_hook(lambda _, __, made: made * scale / scale)
+            (made,) = rendering.decode(backbone, latents.half())
+        assert backbone.vae.dtype == torch.float16  # as it was
+        assert np.abs(np.asarray(made.image, dtype=int) - wanted).max() <= 2
+    finally:
+        handle.remove()
+        backbones.forget()
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [("vae", "The VAE of .* decodes a picture to values"), ("unet", ".* denoises to values")],
+)
+def test_values_that_are_no_numbers_are_told_of(
+    backbone: Backbone, broken: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = {"vae": backbone.vae.decoder, "unet": backbone.unet}[broken]
+    bias = network.conv_out.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, float("nan")))
+    with pytest.raises(UserError, match=f"^{sentence} that are no numbers, in float32.* choose another base"):
+        finish(rendering.render(backbone, PROMPT, "", [1], Settings(steps=1)))
 
 
 @pytest.mark.parametrize("sampler", [name for name in rendering.SAMPLERS if name != "lcm"])

@@ -201,7 +201,8 @@ WHOLE = (
     *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
     "text_encoder/model.safetensors",
 )
-CHECKER = ("safety_checker/config.json", "safety_checker/model.safetensors")
+EXTRACTOR = "feature_extractor/preprocessor_config.json"
+CHECKER = ("safety_checker/config.json", "safety_checker/model.safetensors", EXTRACTOR)
 NEW, FORMER = "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"
 
 
@@ -270,8 +271,9 @@ def test_where_strangers_draw_a_model_is_whole_with_its_checker_alone(
     [
         (WHOLE, None),
         ((*WHOLE, *CHECKER), ""),
-        ((*WHOLE, "safety_checker/model.safetensors"), None),
-        ((*WHOLE, CHECKER[0], "safety_checker/model.fp16.safetensors"), "fp16"),
+        ((*WHOLE, "safety_checker/model.safetensors", EXTRACTOR), None),
+        ((*WHOLE, *CHECKER[:2]), None),
+        ((*WHOLE, CHECKER[0], EXTRACTOR, "safety_checker/model.fp16.safetensors"), "fp16"),
         ((*WHOLE, *CHECKER, "safety_checker/model.fp16.safetensors"), ""),
     ],
 )
@@ -309,6 +311,23 @@ def test_a_checker_is_fetched_in_whichever_variant_there_is(monkeypatch: pytest.
     monkeypatch.setenv("SPACE_ID", "us/space")
     with pytest.raises(UserError, match="no safety checker as safetensors, and one is wanted here"):
         weights.needed(dict.fromkeys(WHOLE, 1))
+    with pytest.raises(UserError, match="no safety checker"):
+        weights.needed(dict.fromkeys([*WHOLE, *CHECKER[:2]], 1))
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [(word, True) for word in ("on", "1", "true", "YES")]
+    + [(word, False) for word in ("off", "0", "False", "no", "")],
+)
+def test_the_checker_is_switched_in_any_usual_word(
+    monkeypatch: pytest.MonkeyPatch, told: str, wanted: bool
+) -> None:
+    monkeypatch.setenv("ITERIS_SD_SAFETY", told)
+    assert weights.safety_wanted() == wanted
+    monkeypatch.setenv("ITERIS_SD_SAFETY", "of")
+    with pytest.raises(UserError, match="ITERIS_SD_SAFETY is 'of'; choose one of on, off"):
+        weights.safety_wanted()
 
 
 def test_the_usual_base_is_the_one_that_ships(toy: Path) -> None:

@@ -29,7 +29,7 @@ _OTHERS = {
     f"{_UNET}double_blocks.": "Flux",
     "double_blocks.": "Flux",
 }  # how a tensor's name begins -> what it is of
-_CHANNELS = 4  # what a U-Net reads: latents alone
+_CHANNELS = 4  # of Stable Diffusion's latents
 _EDITORS = {"8": "a model that edits pictures (InstructPix2Pix)", "9": "a model for inpainting"}
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack")
 _NO_PICKLES = (
@@ -70,9 +70,10 @@ def _folder(path: Path) -> bases.Base:
             f"{path} holds a {index.get('_class_name')}; a StableDiffusionPipeline is needed as the base model."
         )
     base = _of_width(path, unet.get("cross_attention_dim"), bases.TEXT_WIDTHS)
-    _check_channels(path, unet.get("in_channels", _CHANNELS))
     if name := weights.lacking(path):
         raise UserError(f"{path} has no {name}, which a base model needs; download the whole folder again.")
+    vae = _json(path / "vae" / "config.json")
+    _check_channels(path, unet.get("in_channels", _CHANNELS), vae.get("latent_channels", _CHANNELS))
     for part, stem in weights.NETWORKS.items():
         _check_weights(path / part, stem)
     schedule = _json(path / "scheduler" / "scheduler_config.json")
@@ -101,7 +102,7 @@ def _single_file(path: Path) -> bases.Base:
         )
     base = _of_width(path, entries[_READER].shape[-1], {768: "sd15"})
     if _FIRST in entries:
-        _check_channels(path, (*entries[_FIRST].shape, 0, 0)[1])
+        _check_channels(path, (*entries[_FIRST].shape, 0, 0)[1], _CHANNELS)
     for part, start in _PARTS.items():
         if not any(key.startswith(start) for key in entries):
             raise UserError(f"{path.name} has no {part} ({start}…); choose a whole checkpoint.")
@@ -165,13 +166,13 @@ def _predicting(base: bases.Base, kind: Any) -> bases.Base:
     return replace(base, prediction="v" if kind == "v_prediction" else "epsilon")
 
 
-def _check_channels(path: Path, channels: Any) -> None:
-    """Raise UserError when a U-Net reads anything but latents."""
-    if channels != _CHANNELS:
+def _check_channels(path: Path, channels: Any, latents: Any) -> None:
+    """Raise UserError when a U-Net reads anything but latents of so many channels."""
+    if channels != latents:
         kind = _EDITORS.get(str(channels), "a model of another kind")
         raise UserError(
             f"{path.name} is {kind}: its U-Net reads {channels} channels; choose a model that draws from text alone, "
-            f"whose U-Net reads {_CHANNELS}."
+            f"whose U-Net reads {latents}."
         )
 
 

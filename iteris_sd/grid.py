@@ -53,6 +53,7 @@ def _note(composition: Composition) -> str:
     recipe = composition.recipe
     places = [f"{{{k}}} = {one.concept.trigger}" for k, one in enumerate(composition.concepts)]
     drawn = f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance:g}"
+    drawn += "" if recipe.strength == 1 else f", strength {recipe.strength:g}"
     model = bases.called(recipe.base)
     return f"{', '.join(places)}. {model}, {drawn}. Text and image alignment by {composition.scorer}."
 

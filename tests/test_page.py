@@ -84,6 +84,12 @@ def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
+def remove(page) -> None:
+    """Remove the concept that is chosen; once is not enough."""
+    page.get_by_role("button", name="Remove", exact=True).click()
+    page.get_by_role("button", name="Remove for good?").click()
+
+
 def picked(page) -> list[str]:
     return page.locator(".picker .use").evaluate_all("items => items.map(item => item.dataset.name)")
 
@@ -104,6 +110,21 @@ def test_eight_concepts_can_be_picked_in_order(page):
         for name in ("barn", "flower", "dog")
     }
     assert places == {"barn": "{0}", "flower": "{1}", "dog": "{2}"}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", [(1440, 960), (390, 844)])
+def test_cards_say_all_of_it_however_many_there_are(browser, address, size):
+    page = opened(browser, address, *size)
+    cut = "cards => cards.filter(card => card.scrollHeight > card.clientHeight).length"
+    cards = page.locator(".picker .card")
+    assert cards.evaluate_all(cut) == 0
+    page.locator(".picker .cards").evaluate(
+        "cards => { const all = [...cards.children]; for (let k = 0; k < 2; k++) "
+        "for (const card of all) cards.append(card.cloneNode(true)); }"
+    )
+    assert cards.count() == 24 and cards.evaluate_all(cut) == 0
+    page.close()
 
 
 @pytest.mark.browser
@@ -174,6 +195,9 @@ def test_a_ticked_method_says_what_it_does_and_shows_its_parameters(page):
     assert page.locator("#told dt").all_inner_texts() == ["Base model", "Linear", "TIES", "IterIS"]
     page.get_by_role("button", name="TIES: parameters").click()
     page.get_by_label("TIES: density").wait_for()
+    look = "label => [getComputedStyle(label).fontWeight, getComputedStyle(label.parentNode).backgroundColor]"
+    labels = [page.get_by_text(f"TIES: {name}", exact=True) for name in ("density", "majority_sign")]
+    assert labels[0].evaluate(look) == labels[1].evaluate(look)
 
 
 @pytest.mark.browser
@@ -202,6 +226,9 @@ def test_compose_fills_a_grid_of_seeds_by_methods(page):
     assert "IterIS, seed 3" in shown.nth(2).get_attribute("alt")
     assert page.locator("#summary table").first.locator("tbody tr").count() == 3
     assert "Scored by" in page.locator("#summary").inner_text()
+    page.get_by_text("Further scores").click()
+    fits = "tables => tables.every(table => table.scrollWidth <= table.clientWidth)"
+    assert page.locator("#summary .wide:visible").evaluate_all(fits)
     for layout in ("diffusers", "kohya"):
         with page.expect_download() as download:
             page.locator("#lora-file").click()
@@ -245,20 +272,28 @@ def test_strength_and_retention_are_drawn_without_a_new_merge_and_repeated(page)
     ended(page)
     page.get_by_text("Strength, and what is kept of each concept").click()
     page.get_by_label("number input for Strength of the merged LoRA").fill("0.5")
-    page.get_by_label("number input for Retention").fill("1")
-    page.get_by_label("number input for Retention").press("Tab")
+    retention = page.get_by_label("number input for Retention")
+    assert retention.get_attribute("max") == "1"  # of one seed
+    retention.fill("1")
+    retention.press("Tab")
     page.wait_for_timeout(500)  # the sliders tell their values
     page.locator("#again").click()
     page.locator("#retained tbody th").first.wait_for()
     page.locator("#progress").get_by_text("Done: 5 pictures.").wait_for()
     assert page.locator("#retained thead th").all_inner_texts() == ["Its own LoRA", "Linear"]
-    assert page.locator("#retained tbody th").all_inner_texts() == ["dog, 3", "barn, 3"]
+    assert page.locator("#retained tbody th").all_inner_texts() == ["dog, seed 3", "barn, seed 3"]
     assert page.locator("#retained figure").count() == 4
     tab(page, "History")
-    page.locator("#past .entry").first.get_by_role("button", name="Repeat").click()
+    newest = page.locator("#past .entry").first
+    newest.get_by_text("5 pictures, strength 0.5").wait_for()
+    newest.get_by_role("button", name="Repeat").click()
     page.locator("#progress").get_by_text("Done: 5 pictures.").wait_for()
-    page.locator("#notice").get_by_text("This recipe also sets strength 0.5, retention 1").wait_for()
+    carried = page.locator("#notice").get_by_text("This recipe also sets strength 0.5, retention 1")
+    carried.wait_for()
     assert page.locator("#retained figure").count() == 4
+    page.get_by_label("Base model").first.click()
+    page.get_by_role("option", name="Stable Diffusion v1.5", exact=True).click()
+    carried.wait_for(state="detached")
 
 
 @pytest.mark.browser
@@ -271,14 +306,30 @@ def test_an_empty_prompt_is_told_in_one_sentence(page):
 
 @pytest.mark.browser
 def test_stop_keeps_what_is_finished(page):
-    quick(page, "0, 1, 2, 3", 25, "Base model", "Linear")
+    quick(page, "0, 1, 2, 3", 60, "Base model", "Linear")
     compose(page)
     page.locator("#grid figure img").first.wait_for()
     page.locator("#stop").click()
-    told = re.fullmatch(r"Stopped\. (\d) of 8 pictures finished\.", ended(page))
-    assert told is not None
+    said = ended(page)
+    told = re.fullmatch(r"Stopped\. (\d) of 8 pictures finished\.", said)
+    assert told is not None, said
     assert page.locator("#grid figure img").count() == int(told[1]) >= 1
     assert page.locator("#go").is_enabled()
+
+
+@pytest.mark.browser
+def test_a_page_that_is_loaded_anew_says_where_the_finished_pictures_are(page):
+    assert not page.locator("#left").is_visible()
+    quick(page, "61, 62, 63, 64", 60, "Base model", "Linear")
+    compose(page)
+    page.locator("#grid figure img").first.wait_for()
+    page.reload()
+    page.locator("#left").get_by_text("under History").wait_for()
+    tab(page, "History")
+    page.locator("#past .entry").first.get_by_text("stopped before the end").wait_for()
+    page.reload()
+    page.locator(".picker .card").first.wait_for()
+    assert not page.locator("#left").is_visible()
 
 
 @pytest.mark.browser
@@ -508,6 +559,9 @@ def test_a_file_that_is_no_lora_is_refused_in_one_sentence(page, tmp_path, conte
     page.get_by_role("button", name="Keep concept").click()
     page.locator("#own-told .problem").wait_for()
     assert "mine.safetensors" in page.locator("#own-told").inner_text()
+    page.get_by_label("Add or change").click()
+    page.get_by_role("option", name="A new one").click()
+    page.locator("#own-told .problem").wait_for(state="detached")
     tab(page, "Compose")
     assert page.locator(".picker .card").count() == 8
 
@@ -526,8 +580,22 @@ def test_the_page_fits_a_phone_and_a_large_screen(browser, address, width):
     page.close()
 
 
+@pytest.mark.browser
+def test_on_a_phone_sliders_stand_below_each_other_and_labels_cover_nothing(browser, address):
+    page = opened(browser, address, 390, 844)
+    steps, guidance = (
+        page.get_by_label(f"number input for {name}").bounding_box() for name in ("Steps", "Guidance")
+    )
+    assert guidance["y"] > steps["y"] + steps["height"]
+    tab(page, "History")
+    label = page.locator("#restore label").bounding_box()
+    icon = page.locator("#restore [data-testid=upload-icon]").bounding_box()
+    assert label["y"] + label["height"] <= icon["y"]
+    page.close()
+
+
 def test_the_api_composes(address):
-    files, summary, recipe = Client(address, verbose=False).predict(
+    grid, archive, summary, recipe = Client(address, verbose=False).predict(
         concepts=["dog", "barn"],
         prompt="a {0} next to a {1} on the beach",
         methods=["base", "linear"],
@@ -535,9 +603,16 @@ def test_the_api_composes(address):
         steps=2,
         api_name="/compose",
     )
-    names = {Path(file).name: file for file in files}
-    assert {"base_seed7.png", "linear_seed7.png", "grid.png", "recipe.json", "pictures.zip"} <= set(names)
-    assert "iteris_sd" in Image.open(names["linear_seed7.png"]).info
+    assert Image.open(grid).width > 256
+    with zipfile.ZipFile(archive) as packed:
+        told = {"grid.png", "recipe.json", "scores.json", "scores.csv"}
+        assert set(packed.namelist()) == {
+            "base_seed7.png",
+            "linear_seed7.png",
+            "dog-barn-linear-diffusers.zip",
+            *told,
+        }
+        assert "iteris_sd" in Image.open(packed.open("linear_seed7.png")).info
     assert recipe["seeds"] == [7] and recipe["steps"] == 2
     assert summary["scorer"] and len(summary["pictures"]) == 2
 
@@ -547,9 +622,9 @@ def test_two_calls_of_one_program_do_not_stop_each_other(address):
     given = {"methods": ["base"], "steps": 12, "api_name": "/compose"}
     calls = [client.submit(["dog"], "a {0}", seeds=[seed], **given) for seed in (1, 2)]
     for seed, call in zip((1, 2), calls, strict=True):
-        files, summary, _ = call.result(120)
+        _, archive, summary, _ = call.result(120)
         assert [one["seed"] for one in summary["pictures"]] == [seed]
-        assert any(Path(file).name == f"base_seed{seed}.png" for file in files)
+        assert f"base_seed{seed}.png" in zipfile.ZipFile(archive).namelist()
 
 
 def test_the_api_holds_the_bounds(address):
@@ -558,6 +633,30 @@ def test_the_api_holds_the_bounds(address):
         client.predict(["dog"], "a {0}", seeds=list(range(17)), api_name="/compose")
     with pytest.raises(AppError, match="There is no concept 'unicorn'"):
         client.predict(["unicorn"], "a {0}", methods=["base"], seeds=[0], api_name="/compose")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"concepts": None}, "concepts should be names in a list, or with commas between them, not None"),
+        ({"concepts": [1]}, "concepts should be names in a list"),
+        ({"methods": 3}, "methods should be names in a list"),
+        ({"weights": 2}, "as many weights in a list, or none, not 2"),
+        ({"weights": [1.0, 2.0]}, "For 1 concepts there should be as many weights"),
+        ({"parameters": [1]}, "parameters should be tables by method"),
+        ({"parameters": {"alpha": 1}}, "parameters should be tables by method"),
+        ({"parameters": {"iteris": {"alpha": 1}}}, "'iteris', which is not among the methods asked for"),
+    ],
+)
+def test_the_api_says_what_is_wrong_with_what_it_is_given(address, given, message):
+    told = {"concepts": "dog", "prompt": "a {0}", "methods": "base", "seeds": 0} | given
+    with pytest.raises(AppError, match=message):
+        Client(address, verbose=False).predict(**told, api_name="/compose")
+
+
+def test_no_reference_column_can_be_merged(address):
+    with pytest.raises(AppError, match="There is no merging method 'base'"):
+        Client(address, verbose=False).predict(["dog", "barn"], method="base", api_name="/merge")
 
 
 @pytest.mark.browser
@@ -595,8 +694,8 @@ def test_a_concept_of_ones_own_is_guessed_kept_picked_changed_and_removed(page, 
     page.locator("#own-told").get_by_text("Kept: my dog.").wait_for()
     page.get_by_label("Add or change").click()
     page.get_by_role("option", name="my dog", exact=True).click()
-    page.get_by_role("button", name="Remove").click()
-    page.locator("#own-told").get_by_text("Removed: my-dog.").wait_for()
+    remove(page)
+    page.locator("#own-told").get_by_text("Removed: my dog.").wait_for()
     tab(page, "Compose")
     assert page.locator(".picker .card").count() == 8
 
@@ -620,15 +719,16 @@ def test_tokens_and_zips_are_brought_and_tokens_added_later(page, tmp_path):
     page.get_by_label("Add or change").click()
     page.get_by_role("option", name="hound", exact=True).click()
     page.get_by_role("button", name="Remove").wait_for()
-    keep("hound", tmp_path / "fur.safetensors")
     page.get_by_label("Concept", exact=True).click()
     page.get_by_role("option", name="hound (Storybook)").click()
+    page.locator("#inside dd", has_text="sks").wait_for()
+    keep("hound", tmp_path / "fur.safetensors")
     page.locator("#inside").get_by_text("fur, sks").wait_for()
     keep("wolf", tmp_path / "wolf.zip")
     for name in ("hound", "wolf"):
         page.get_by_label("Add or change").click()
         page.get_by_role("option", name=name, exact=True).click()
-        page.get_by_role("button", name="Remove").click()
+        remove(page)
         page.locator("#own-told").get_by_text(f"Removed: {name}.").wait_for()
 
 

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iteris_sd import bases, limits
+from iteris_sd import bases, limits, serving
 from iteris_sd.concepts import Concept, Library
 from iteris_sd.errors import UserError
 from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import asking, form, jobs, picker, results, space, takeaway, visits, why
+from iteris_sd.ui import (
+    asking,
+    form,
+    jobs,
+    outcome,
+    page,
+    past,
+    picker,
+    results,
+    space,
+    takeaway,
+    visits,
+    why,
+)
 from iteris_sd.ui.picker import Use
 from iteris_sd.ui.takeaway import Drawn
 
@@ -130,7 +145,7 @@ def test_a_grid_has_what_is_there_and_previews_of_what_is_not() -> None:
     assert [row["title"] for row in shown["rows"]] == ["3", "4"]
     assert shown["cells"]["3|base"]["url"] == "gradio_api/file=/x/base%203.png"
     assert shown["cells"]["3|base"]["alt"].startswith(
-        "Base model, seed 3: a {0} next to a {1}. Alignment: text 0.80"
+        "Base model, seed 3: a dog next to a barn. Alignment: text 0.80"
     )
     assert shown["previews"] == {"3|linear": "data:x"}
     assert results.composition(recipe(), [], jobs.Preview("dog", {("linear", 3): "x"}))["previews"] == {}
@@ -143,6 +158,7 @@ def test_retention_has_a_row_for_each_concept_and_seed() -> None:
     assert shown is not None
     assert [column["title"] for column in shown["columns"]] == ["Its own LoRA", "Linear", "IterIS"]
     assert [row["id"] for row in shown["rows"]] == ["dog 3", "barn 3"]
+    assert [row["title"] for row in shown["rows"]] == ["dog, seed 3", "barn, seed 3"]
     assert set(shown["cells"]) == {"dog 3|own", "barn 3|iteris"}
     assert shown["cells"]["dog 3|own"]["title"] == "Its own LoRA, seed 3"
 
@@ -177,6 +193,70 @@ def test_the_summary_tells_differences_only_where_there_are_some() -> None:
     paired = [row("iteris", -0.1, 0.3) | {"to": "linear"}]
     told = results.summary(recipe(), {**scores, "paired": paired})
     assert "Difference to Linear" in told and "+0.100" in told and "-0.10 to +0.30" in told
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_intervals_are_spoken_of_only_where_there_are_some(several: bool) -> None:
+    ends = (0.1, 0.3) if several else (None, None)
+    paired = [row("iteris", *ends) | {"to": "linear"}]
+    told = results.summary(
+        recipe(),
+        {"scorer": "S", "summary": [row("linear", None, None), row("iteris", *ends)], "paired": paired},
+    )
+    assert ("95 % interval under it" in told) is ("its interval meets no other" in told) is several
+    assert ("An interval that does not hold 0" in told) is several
+    assert ("without an interval" in told) is ("on one seed" in told) is not several
+
+
+def test_no_more_is_retained_than_there_are_seeds() -> None:
+    with gr.Blocks():
+        widgets = outcome.layout(gr.Button())
+    shown = outcome.reopened(visits.Result(recipe(retention=1), (), None), widgets)
+    slider = shown[widgets.again.retention]
+    assert (slider.value, slider.maximum) == (1, 2)
+
+
+def said_by(lay_out: Callable[[], object]) -> str:
+    """All words of the widgets that are laid out."""
+    with gr.Blocks() as page:
+        lay_out()
+    blocks = page.blocks.values()
+    return " ".join(str(getattr(block, key, "")) for block in blocks for key in ("value", "info"))
+
+
+def test_bounds_are_said_before_they_are_met() -> None:
+    assert f"Each is a column of the grid; up to {limits.MAX_METHODS}." in said_by(form.columns)
+    drawing = said_by(lambda: form.drawing(bases.find("storybook")))
+    assert f"Each is a row of the grid; up to {limits.MAX_SEEDS}." in drawing
+
+
+def test_why_says_which_methods_it_adds() -> None:
+    assert "IterIS, RegMean and Linear are always compared" in said_by(why.layout)
+
+
+@pytest.mark.parametrize(
+    ("strength", "told"), [(1.0, "2 pictures"), (0.5, "2 pictures, strength 0.5"), (None, "2 pictures")]
+)
+def test_an_entry_says_how_many_pictures_and_how_strong(
+    tmp_path: Path, strength: float | None, told: str
+) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png")]
+    for file in files:
+        file.write_bytes(b"")
+    entry = History(tmp_path / "past").keep(recipe(strength=strength or 0.5), None, files, "done")
+    if strength is None:
+        (entry.folder / "recipe.json").write_text("{")
+    shown = past._told(entry)
+    assert shown["told"] == told
+    assert shown["title"] == "a dog next to a barn · dog + barn · base, linear, iteris"
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_page_that_is_loaded_anew_points_to_the_history_where_that_stays(
+    public: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "public", lambda: public)
+    assert ("History" in page._left()) is not public
 
 
 def test_progress_tells_the_time_that_is_left() -> None:

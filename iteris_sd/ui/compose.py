@@ -60,7 +60,7 @@ def layout(visits: Visits, base: Base, notice: gr.HTML) -> Tab:
 
 def wire(visits: Visits, tab: Tab) -> None:
     """Make it work."""
-    _wire_base(visits, tab.form)
+    _wire_base(visits, tab.form, tab.notice)
     _wire_words(visits, tab.form, tab.notice)
     _wire_methods(tab.form)
     _wire_drawing(tab.form)
@@ -71,7 +71,7 @@ def wire(visits: Visits, tab: Tab) -> None:
 # ---------------------------------------------------------------- what changes while the form is filled in
 
 
-def _wire_base(visits: Visits, form: Form) -> None:
+def _wire_base(visits: Visits, form: Form, notice: gr.HTML) -> None:
     """Another base model brings its own concepts and its own way of drawing."""
     words, drawing = form.words, form.drawing
 
@@ -86,10 +86,11 @@ def _wire_base(visits: Visits, form: Form) -> None:
             drawing.steps: base.steps,
             drawing.guidance: base.guidance,
             form.carried: {},
+            notice: "",
         }
 
     drawn = [drawing.sampler, drawing.steps, drawing.guidance]
-    changed = [form.base_told, words.picked, words.sets, *drawn, form.carried]
+    changed = [form.base_told, words.picked, words.sets, *drawn, form.carried, notice]
     switched = form.base.input(show_base, form.base, changed, api_name="show_base", **SILENT)
     follow(visits, form, switched, "show_base_picked")
 

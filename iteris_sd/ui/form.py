@@ -213,12 +213,13 @@ def set_named(sample: str) -> presets.Preset | None:
 def columns() -> Columns:
     """The methods, in groups, a sentence for each that is ticked, and its parameters."""
     with gr.Column(elem_id="methods"):
-        title("Methods", "Each is a column of the grid.")
+        title("Methods", f"Each is a column of the grid; up to {limits.MAX_METHODS}.")
         groups = [
             gr.CheckboxGroup(
                 [(asking.METHOD_CHOICES[name][0], name) for name in names],
                 value=[name for name in names if name in asking.DEFAULT_METHODS],
                 label=group,
+                elem_classes="ticks",
             )
             for group, names in asking.METHOD_GROUPS.items()
         ]
@@ -238,7 +239,7 @@ def drawing(base: Base) -> Drawing:
         seeds = gr.Textbox(
             "0, 1, 2, 3",
             label="Seeds",
-            info="Each is a row of the grid.",
+            info=f"Each is a row of the grid; up to {limits.MAX_SEEDS}.",
             elem_id="seeds",
             min_width=150,
             scale=3,
@@ -252,7 +253,7 @@ def drawing(base: Base) -> Drawing:
             min_width=150,
             scale=3,
         )
-    with gr.Row():
+    with gr.Row(elem_classes="stacked"):
         steps = gr.Slider(1, limits.MAX_STEPS, base.steps, step=1, label="Steps", min_width=150)
         guidance = gr.Slider(1, limits.MAX_GUIDANCE, base.guidance, step=0.5, label="Guidance", min_width=150)
     return Drawing(settings, seeds, dice, sampler, steps, guidance)
@@ -262,7 +263,7 @@ def advanced() -> Advanced:
     """The rest, folded away."""
     with gr.Accordion("Advanced", open=False):
         negative = gr.Textbox(label="Negative prompt", max_length=limits.MAX_PROMPT_CHARS)
-        with gr.Row():
+        with gr.Row(elem_classes="stacked"):
             size = gr.Textbox(
                 "",
                 label="Size",

@@ -148,7 +148,7 @@ def _taken() -> Taken:
                 name: gr.DownloadButton(label, visible=False, size="sm", min_width=130)
                 for name, label in _FILES.items()
             }
-        with gr.Row(elem_id="lora"):
+        with gr.Row(elem_id="lora", elem_classes="stacked"):
             method = gr.Dropdown([], label="LoRA merged by", min_width=120)
             layout = gr.Dropdown(
                 [(_LAYOUTS[name], name) for name in export.LAYOUTS],
@@ -216,13 +216,12 @@ def ended(job: Job, outcome: Outcome) -> Update:
 
 def reopened(made: Result, outcome: Outcome) -> Update:
     """A composition of the history."""
-    count = f"{len(made.drawn)} picture" + ("" if len(made.drawn) == 1 else "s")
     buttons = {button: gr.DownloadButton(visible=False) for button in outcome.taken.files.values()}
     note = '<p class="note">Press Compose to have its files and merged LoRAs again.</p>'
     return {
         **started(outcome),
         **idle(outcome),
-        outcome.progress: f'<p class="ended" role="status">From the history: {count}.</p>',
+        outcome.progress: f'<p class="ended" role="status">From the history: {results.pictures(len(made.drawn))}.</p>',
         outcome.grid: gr.HTML(value=results.composition(made.recipe, made.drawn)),
         outcome.retained: gr.HTML(value=results.retention(made.recipe, made.drawn)),
         **_made(made, outcome),
@@ -254,7 +253,7 @@ def _made(made: Result, outcome: Outcome) -> Update:
         compared.slider: pair(made, left, right, seeds[0] if seeds else None),
         outcome.again.box: gr.Accordion(visible=bool(recipe.merging)),
         outcome.again.strength: recipe.strength,
-        outcome.again.retention: recipe.retention,
+        outcome.again.retention: gr.Slider(value=recipe.retention, maximum=len(recipe.seeds)),
         taken.box: gr.Accordion(visible=True),
         taken.method: gr.Dropdown(merged, value=last, visible=bool(merged)),
         taken.layout: gr.Dropdown(value=export.LAYOUTS[0], visible=bool(merged)),

@@ -24,11 +24,12 @@ from iteris_sd.ui.visits import Visit, Visits
 
 _NEW = ""  # in the list of one's own concepts: none of them, a new one
 _FIRST = ("A new one", _NEW)
+_REMOVE = "Remove"
 
 
 @dataclass(frozen=True)
 class Own:
-    """The widgets."""
+    """The widgets. `sure`: the concept that is removed for good if it is asked for once more."""
 
     which: gr.Dropdown
     files: gr.File
@@ -41,6 +42,7 @@ class Own:
     keep: gr.Button
     export: gr.DownloadButton
     remove: gr.Button
+    sure: gr.State
     told: gr.HTML
 
     @property
@@ -87,11 +89,12 @@ def layout() -> Own:
             elem_classes="drop",
         )
         with gr.Row():
-            keep = gr.Button("Keep concept", min_width=120)
-            export = gr.DownloadButton("Export (zip)", visible=False, min_width=120)
-            remove = gr.Button("Remove", variant="stop", visible=False, min_width=120)
+            keep = gr.Button("Keep concept", size="md", min_width=120)
+            export = gr.DownloadButton("Export (zip)", size="md", visible=False, min_width=120)
+            remove = gr.Button(_REMOVE, variant="stop", size="md", visible=False, min_width=150)
         told = forms.markup("", elem_id="own-told")
-    return Own(which, files, id, title, trigger, noun, weight, pictures, keep, export, remove, told)
+    sure = gr.State(_NEW)
+    return Own(which, files, id, title, trigger, noun, weight, pictures, keep, export, remove, sure, told)
 
 
 def shelf(visit: Visit) -> gr.Dropdown:
@@ -122,13 +125,14 @@ def wire(
         *own.words,
         form.words.picked,
         form.words.sets,
-        own.told,
+        *(own.export, own.remove, own.sure, own.told),
         look_at,
     ]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": own.told}
 
-    chosen = [own.title, own.trigger, own.noun, own.weight, own.export, own.remove, own.told]
-    own.which.change(_show(visits, own), own.which, chosen, api_name="show_own", **forms.SILENT)
+    words = [own.title, own.trigger, own.noun, own.weight]
+    chosen = [*words, own.files, own.export, own.remove, own.sure, own.told]
+    own.which.input(_show(visits, own), own.which, chosen, api_name="show_own", **forms.SILENT)
     own.files.upload(
         _guess(visits),
         [own.files, own.which],
@@ -140,7 +144,7 @@ def wire(
     kept = own.keep.click(_keep(visits, form, own, look_at), asked, changed, api_name="keep_own", **private)
     gone = own.remove.click(
         _remove(visits, form, own, look_at),
-        [own.which, form.words.picked, form.base],
+        [own.which, own.sure, form.words.picked, form.base],
         changed,
         api_name="remove_own",
         **private,
@@ -155,30 +159,34 @@ def _show(visits: Visits, own: Own) -> Callable[..., Update]:
     def show_own(name: str, request: gr.Request) -> Update:
         visit = visits.of(request)
         concept = visit.mine().get(name)
+        fresh = {own.files: None, own.sure: _NEW}
         if concept is None:
-            return {
-                own.title: "",
-                own.trigger: "",
-                own.noun: "",
-                own.weight: 1.0,
-                own.export: gr.DownloadButton(visible=False),
-                own.remove: gr.Button(visible=False),
-            }
+            return {**fresh, **_empty(own), own.told: ""}
         try:
             told, export = "", gr.DownloadButton(value=str(visit.export(name)), visible=True)
         except UserError as error:
             told, export = results.problem(str(error)), gr.DownloadButton(visible=False)
         return {
+            **fresh,
             own.title: concept.title,
             own.trigger: concept.trigger,
             own.noun: concept.class_noun,
             own.weight: concept.weight,
             own.export: export,
-            own.remove: gr.Button(visible=True),
-            **({own.told: told} if told else {}),
+            own.remove: gr.Button(_REMOVE, visible=True),
+            own.told: told,
         }
 
     return show_own
+
+
+def _empty(own: Own) -> Update:
+    """No words, and nothing to take away or to remove."""
+    return {
+        **{own.title: "", own.trigger: "", own.noun: "", own.weight: 1.0},
+        own.export: gr.DownloadButton(visible=False),
+        own.remove: gr.Button(_REMOVE, visible=False),
+    }
 
 
 def _guess(visits: Visits) -> Callable[..., tuple[Any, Any, Any, str]]:
@@ -289,15 +297,18 @@ def _welcome(concept: Concept, base: str) -> str:
 
 
 def _remove(visits: Visits, form: Form, own: Own, look_at: gr.Dropdown) -> Callable[..., Update]:
-    def remove_own(which: str, picked: Any, base: str, request: gr.Request) -> Update:
+    def remove_own(which: str, sure: str, picked: Any, base: str, request: gr.Request) -> Update:
         visit = visits.of(request)
-        if which not in visit.mine():
+        concept = visit.mine().get(which)
+        if concept is None:
             return {own.told: results.problem("No concept of yours is chosen.")}
+        if sure != which:
+            return {own.remove: gr.Button("Remove for good?"), own.sure: which, own.told: ""}
         try:
             visit.remove(which)
         except UserError as error:
             return {own.told: results.problem(str(error))}
-        told = f'<p role="status">Removed: {escape(which)}.</p>'
+        told = f'<p role="status">Removed: {escape(concept.title)}.</p>'
         shown = _shelf(form, own, visit, base, pickers.read(picked, visit.library), told)
         return {**shown, look_at: gr.Dropdown(names(visit.library), value=None)}
 
@@ -314,7 +325,8 @@ def _shelf(form: Form, own: Own, visit: Visit, base: str, picked: Sequence[Use],
         own.which: shelf(visit),
         own.files: None,
         own.id: "",
-        **{own.title: "", own.trigger: "", own.noun: "", own.weight: 1.0},
+        own.sure: _NEW,
+        **_empty(own),
         own.pictures: None,
         form.words.picked: gr.HTML(value=uses, choices=pickers.choices(there)),
         form.words.sets: gr.Dataset(samples=forms.set_samples(visit.library, chosen)),

@@ -42,6 +42,7 @@ def build(visits: Visits, first: str | None = None) -> gr.Blocks:
         )
         lacking = space.lacking()
         notice = forms.markup(results.said(lacking) if lacking else "", elem_id="notice")
+        forms.markup(results.said(_left()), elem_id="left")  # page.js shows it where it is so
         with gr.Tabs(selected="compose", overflow_behavior="wrap") as tabs:
             with gr.Tab("Compose", id="compose"):
                 composing = compose.layout(visits, base, notice)
@@ -55,18 +56,23 @@ def build(visits: Visits, first: str | None = None) -> gr.Blocks:
         why.wire(visits, composing.form, inside)
         past.wire(visits, composing, before, tabs, history, past.drop_anywhere())
         shelf.wire(visits, concepts)
-        own.wire(
-            visits,
-            composing.form,
-            concepts.own,
-            concepts.which,
-            lambda event, name: compose.follow(visits, composing.form, event, name),
-        )
+
+        def follow(event: Any, name: str) -> None:
+            compose.follow(visits, composing.form, event, name)
+            shelf.follow(visits, concepts, event, f"{name}_inside")
+
+        own.wire(visits, composing.form, concepts.own, concepts.which, follow)
         composing.add.click(lambda: gr.Tabs(selected="concepts"), outputs=tabs, api_name="add_own", **SILENT)
         _on_load(page, visits, base, composing, concepts)
         api.add(visits, base)
         page.unload(visits.leave)
     return page
+
+
+def _left() -> str:
+    """What is told of a composition that was at work when its page was loaded anew."""
+    finished = "" if serving.public() else " Pictures that were finished by then are under History."
+    return f"Loading the page anew stopped the composition that was at work.{finished}"
 
 
 def _on_load(

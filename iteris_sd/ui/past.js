@@ -1,4 +1,4 @@
-// The list of compositions that were made. `props.value`: [{id, title, made, phase, picture}].
+// The list of compositions that were made. `props.value`: [{id, title, told, made, phase, picture}].
 const root = element.querySelector('.past');
 const add = (parent, kind, name, text) => {
   const node = document.createElement(kind);
@@ -28,21 +28,23 @@ const show = () => {
   for (const entry of entries) {
     const item = add(list, 'li', 'entry');
     item.dataset.id = entry.id;
+    const named = `${entry.title}, ${entry.told}`;
     const image = add(item, entry.picture ? 'img' : 'span', 'picture');
     if (entry.picture) Object.assign(image, { src: entry.picture, alt: '' });
     const words = add(item, 'div', 'words');
     add(words, 'p', 'title', entry.title);
+    add(words, 'p', 'when', entry.told);
     const when = new Date(entry.made).toLocaleString();
     add(words, 'p', 'when', entry.phase === 'stopped' ? `${when}, stopped before the end` : when);
     const acts = add(words, 'div', 'bar');
-    button(acts, 'Open', entry.title, () => ask('open', [entry.id]));
-    button(acts, 'Repeat', entry.title, () => { window.iterisRepeat = true; ask('open', [entry.id]); });
-    button(acts, 'Delete', entry.title, (node) => {
+    button(acts, 'Open', named, () => ask('open', [entry.id]));
+    button(acts, 'Repeat', named, () => { window.iterisRepeat = true; ask('open', [entry.id]); });
+    button(acts, 'Delete', named, (node) => {
       if (sure === entry.id) ask('delete', [entry.id]);
       else {
         sure = entry.id;
         node.textContent = 'Delete for good?';
-        node.setAttribute('aria-label', `Delete for good? ${entry.title}`);
+        node.setAttribute('aria-label', `Delete for good? ${named}`);
       }
     });
     const line = add(acts, 'label'), box = add(line, 'input');

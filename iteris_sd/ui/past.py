@@ -148,17 +148,26 @@ def listed(visit: Visit) -> list[dict[str, Any]]:
 
 
 def _told(entry: Entry) -> dict[str, Any]:
-    picture = ""
+    picture, count = "", results.pictures(len(entry.pictures))
     if entry.thumbnail is not None:
         with suppress(OSError):
             picture = thumbnail(entry.thumbnail, entry.thumbnail.stat().st_mtime_ns, _SIDE)
     return {
         "id": entry.id,
-        "title": entry.title,
+        "title": entry.title.removesuffix(f" · {count}"),
+        "told": count + _strength(entry),
         "made": entry.made.isoformat(),
         "phase": entry.phase,
         "picture": picture,
     }
+
+
+def _strength(entry: Entry) -> str:
+    """How strongly the merged LoRAs were applied, where it was not as usual; nothing where nobody knows."""
+    with suppress(UserError):
+        if (strength := entry.recipe().strength) != 1:
+            return f", strength {strength:g}"
+    return ""
 
 
 def side_by_side(entries: Sequence[Entry]) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from iteris_sd.recipe import Recipe, alone, title
+from iteris_sd.recipe import Recipe, alone, fill, title
 from iteris_sd.ui.jobs import Preview, State
 from iteris_sd.ui.takeaway import Drawn
 
@@ -43,9 +43,9 @@ def progress(recipe: Recipe, state: State) -> str:
     if state.phase == "failed":
         return problem(state.message)
     if state.phase == "done":
-        return f'<p class="ended" role="status">Done: {_pictures(ready)}.</p>'
+        return f'<p class="ended" role="status">Done: {pictures(ready)}.</p>'
     if state.phase == "stopped":
-        return f'<p class="ended" role="status">Stopped. {ready} of {_pictures(total)} finished.</p>'
+        return f'<p class="ended" role="status">Stopped. {ready} of {pictures(total)} finished.</p>'
     if state.phase == "waiting":
         return waiting(state)
     if not state.stage.startswith("Drawing"):
@@ -83,7 +83,8 @@ def _left(state: State) -> str:
     return f"{what} {seconds} s left" if seconds < 100 else f"{what} {round(seconds / 60)} min left"
 
 
-def _pictures(count: int) -> str:
+def pictures(count: int) -> str:
+    """So many pictures, in words."""
     return f"{count} picture" if count == 1 else f"{count} pictures"
 
 
@@ -133,7 +134,9 @@ def retention(
             *({"id": use.name, "title": title(use.name)} for use in recipe.merging),
         ],
         "rows": [
-            {"id": f"{name} {seed}", "title": f"{name}, {seed}"} for name in names for seed in recipe.retained
+            {"id": f"{name} {seed}", "title": f"{name}, seed {seed}"}
+            for name in names
+            for seed in recipe.retained
         ],
         **_measures(recipe, drawn, least=False),
         "cells": {place(one.scene, one.method, one.seed): _cell(one, recipe) for one in drawn},
@@ -189,7 +192,7 @@ def _cell(one: Drawn, recipe: Recipe) -> dict[str, Any]:
     named_so = ("text", *(f"image:{use.name}" for use in recipe.concepts), "minimum")
     shown = [m for m in named_so if m in one.measures]
     told = ", ".join(f"{_short(m)} {one.measures[m]:.2f}" for m in shown)
-    subject = one.scene or recipe.prompt
+    subject = one.scene or fill(recipe.prompt, [use.name for use in recipe.concepts])
     return {
         "url": address(one.path),
         "title": named,
@@ -213,19 +216,16 @@ def summary(recipe: Recipe, scores: Mapping[str, Any] | None) -> str:
     main = ["text", *(f"image:{use.name}" for use in recipe.concepts), "minimum"]
     main = [name for name in main if name in taken and (name != "minimum" or len(recipe.concepts) > 1)]
     further = [name for name in taken if name not in (*main, "text_cosine", "mean", "minimum")]
-    caption = f'Mean alignment <abbr title="{escape(_MEANING, quote=True)}">?</abbr>, 95 % interval under it'
-    parts = [_table(recipe, rows, main, caption), _note(scorer)]
+    caption = _caption(_several(rows))
+    parts = [_table(recipe, rows, main, caption), _note(scorer, _several(rows))]
     if further:
         closest = "Alignment of the closest part, and by other encoders"
         parts.append(_folded("Further scores", _table(recipe, rows, further, closest) + said(_CLOSEST)))
     if differences := [row for row in scores.get("paired", ()) if row["measure"] in main]:
         caption = f"Difference to {title(differences[0]['to'])}"
-        parts.append(
-            _folded(
-                "Differences to the linear average",
-                _table(recipe, differences, main, caption, "+") + said(_PAIRED),
-            )
-        )
+        meaning = _PAIRED if _several(differences) else _PAIRED_ONCE
+        table = _table(recipe, differences, main, caption, "+") + said(meaning)
+        parts.append(_folded("Differences to the linear average", table))
     return "".join(parts)
 
 
@@ -241,6 +241,7 @@ _PAIRED = (
     "Mean over seeds of the difference on the same seed. An interval that does not hold 0 is a difference that chance "
     "alone would seldom make."
 )
+_PAIRED_ONCE = "The difference on one seed, which chance alone may have made; more seeds tell."
 
 
 def said(text: str) -> str:
@@ -248,11 +249,23 @@ def said(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _note(scorer: str) -> str:
+def _several(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any mean is of more than one picture, so that it has an interval."""
+    return any(row["low"] is not None for row in rows)
+
+
+def _caption(several: bool) -> str:
+    meaning = f'<abbr title="{escape(_MEANING, quote=True)}">?</abbr>'
+    if several:
+        return f"Mean alignment {meaning}, 95 % interval under it"
+    return f"Alignment {meaning}, without an interval: of one picture each"
+
+
+def _note(scorer: str, several: bool) -> str:
+    bold = "; the best of a column is bold only where its interval meets no other" if several else ""
     return (
         '<p class="note">Text: how well the picture fits the prompt. A concept: how much it looks like that '
-        "concept’s reference pictures. More is better; the best of a column is bold only where its interval meets no "
-        f"other. Scored by {escape(scorer)}.</p>"
+        f"concept’s reference pictures. More is better{bold}. Scored by {escape(scorer)}.</p>"
     )
 
 

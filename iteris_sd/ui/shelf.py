@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import gradio as gr
 
@@ -46,12 +47,20 @@ def layout(library: Library) -> Tab:
 
 def wire(visits: Visits, tab: Tab) -> None:
     """Make the looking work."""
+    tab.which.change(_look(visits), tab.which, tab.told, api_name="look_at", **forms.SILENT)
 
+
+def follow(visits: Visits, tab: Tab, event: Any, name: str) -> None:
+    """After an event that may have changed the concept that is looked at, show what is inside it now."""
+    event.then(_look(visits), tab.which, tab.told, api_name=name, **forms.SILENT)
+
+
+def _look(visits: Visits) -> Callable[..., str]:
     def look(name: str | None, request: gr.Request) -> str:
         concept = visits.of(request).library.concepts.get(name or "")
         return "" if concept is None else inside(concept)
 
-    tab.which.change(look, tab.which, tab.told, api_name="look_at", **forms.SILENT)
+    return look
 
 
 def inside(concept: Concept) -> str:

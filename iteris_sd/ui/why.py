@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from iteris_sd import diagnostics
 from iteris_sd.errors import UserError
 from iteris_sd.recipe import title
 from iteris_sd.ui import form as forms
@@ -62,7 +63,11 @@ class Tab:
 def layout() -> Tab:
     """Lay the tab out."""
     with gr.Column(elem_id="why"):
-        forms.title("Why a merge came out as it did", "For the concepts, weights and methods under Compose.")
+        *others, last = map(title, diagnostics.COMPARED)
+        always = f"{', '.join(others)} and {last} are always compared, as in the paper."
+        forms.title(
+            "Why a merge came out as it did", f"For the concepts, weights and methods under Compose; {always}"
+        )
         with gr.Row(elem_id="why-doing"):
             look = gr.Button("Look inside this merge", variant="primary", min_width=260, scale=0)
             stop = gr.Button("Stop", visible=False, scale=0, min_width=90, elem_id="why-stop")

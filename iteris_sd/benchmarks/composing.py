@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from iteris_sd import bases, composer, presets, scoring
+from iteris_sd import bases, composer, limits, presets, scoring
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.events import Event, Progress
@@ -96,27 +96,31 @@ def shots(job: Job, library: Library) -> Generator[Event, None, list[Shot]]:
     found: list[Shot] = []
     for done, pair in enumerate(job.pairs):
         yield Progress(f"{' and '.join(pair)}, pair {done + 1} of {len(job.pairs)}", done, len(job.pairs))
-        for place, prompt in enumerate(presets.prompts_for(pair)[: job.prompts]):
-            made = yield from composer.compose(_recipe(job, pair, place, prompt), library)
+        for recipe in _recipes(job, pair):
+            made = yield from composer.compose(recipe, library)
             found += [
-                Shot(pair, prompt, picture.seed, picture.method, scoring.measures(picture.score))
+                Shot(pair, recipe.prompt, picture.seed, picture.method, scoring.measures(picture.score))
                 for picture in made.pictures
             ]
     return found
 
 
-def _recipe(job: Job, pair: tuple[str, str], place: int, prompt: str) -> Recipe:
-    """One prompt of a pair: each has seeds of its own, so that noise differs from prompt to prompt."""
-    first = place * job.seeds
-    return Recipe.of(
-        {
-            "concepts": [{"name": name} for name in pair],
-            "prompt": prompt,
-            "methods": [{"name": name} for name in job.methods],
-            "seeds": list(range(first, first + job.seeds)),
-            "base": job.base,
-        }
-    )
+def _recipes(job: Job, pair: tuple[str, str]) -> Iterator[Recipe]:
+    """What is composed of a pair: each prompt with seeds of its own, so that noise differs from prompt to prompt."""
+    most = limits.MAX_METHODS
+    parts = [job.methods[k : k + most] for k in range(0, len(job.methods), most)]
+    prompts = presets.prompts_for(pair)[: job.prompts]
+    for (place, prompt), methods in itertools.product(enumerate(prompts), parts):
+        first = place * job.seeds
+        yield Recipe.of(
+            {
+                "concepts": [{"name": name} for name in pair],
+                "prompt": prompt,
+                "methods": [{"name": name} for name in methods],
+                "seeds": list(range(first, first + job.seeds)),
+                "base": job.base,
+            }
+        )
 
 
 def figures(found: Iterable[Shot]) -> list[Figure]:

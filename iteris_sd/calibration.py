@@ -23,9 +23,9 @@ from iteris_sd import layers, limits
 from iteris_sd.capture import Capture, MicroBatch, Part, Samples, Site
 from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA, LowRank, inner, working_dtype
-from iteris_sd.merging import linear, registry
+from iteris_sd.merging import registry
 from iteris_sd.merging.moments import Moments
-from iteris_sd.merging.solving import Solution, adaptive_weight, misses
+from iteris_sd.merging.solving import Solution, adaptive_weight, misses, weighted_sum
 from iteris_sd.pausing import Pausable
 from iteris_sd.sharing import Shares, shares
 from iteris_sd.spilling import Frontier
@@ -137,17 +137,18 @@ def merge(
     groups = len(loras) + (chosen.needs == "words")  # generic captions come after the concepts' own
     problem = _Problem(modules, shares(loras, chosen, settings), samples, groups, chosen.exact(settings))
     solve = _Solver(problem, chosen, settings)
-    outcomes, passes, frontier = problem.uncontested(), 0, Frontier()
+    kept = problem.uncontested(partial(chosen.alone, settings))
+    outcomes, passes, frontier = kept, 0, Frontier()
     changes: list[Change] = []
     if chosen.needs == "none":
         outcomes |= {name: solve(name, None) for name in problem.contested}
     elif problem.contested:
         iterations = settings.get("iterations") if chosen.needs == "merged" else 0
         if iterations is None:
-            found, passes = (yield from _sweep(problem, solve, frontier)), 1
+            found, passes = (yield from _sweep(problem, solve, kept, frontier)), 1
         else:
             tolerance = settings.get("tolerance", 0.0)
-            found, changes = yield from _iterate(problem, solve, iterations, tolerance)
+            found, changes = yield from _iterate(problem, solve, kept, iterations, tolerance)
             passes = 1 + len(changes)
         outcomes |= found
     ordered = {name: outcomes[name] for name in problem.participants}
@@ -302,24 +303,31 @@ class _Problem:
         """The participants' adapters at a layer."""
         return self.shares.adapters(name)
 
-    def uncontested(self) -> dict[str, _Outcome]:
-        """The layers with one participant, which keep its LoRA, and those not among the targets, which are averaged."""
+    def uncontested(self, alone: Callable[[int], float]) -> dict[str, _Outcome]:
+        """The layers with one participant, which keep its LoRA, and those not among the targets, which are averaged.
+
+        ``alone``: what a concept's LoRA is multiplied by where it is kept; with 0 it takes part in no average either.
+        """
         return {
-            name: self._averaged(name, who) if len(who) > 1 else self._kept(name, who)
+            name: self._averaged(name, who, alone) if len(who) > 1 else self._kept(name, who, alone(who[0]))
             for name, who in self.participants.items()
             if name not in self.contested
         }
 
-    def _kept(self, name: str, who: tuple[int, ...]) -> _Outcome:
-        factor, kept = self.shares.alone(who[0]), self.loras[who[0]][name]
+    def _kept(self, name: str, who: tuple[int, ...], factor: float) -> _Outcome:
+        kept = self.loras[who[0]][name]
         dropped = {} if factor else {who[0]: "it is multiplied by 0"}
         return _Outcome(
             kept if factor == 1.0 else kept.scaled(factor), LayerReport(name, who, dropped=dropped)
         )
 
-    def _averaged(self, name: str, who: tuple[int, ...]) -> _Outcome:
-        found = linear.solve(self.adapters(name))
-        return _Outcome(found.adapter, LayerReport(name, who, "linear", weights=found.weights))
+    def _averaged(self, name: str, who: tuple[int, ...], alone: Callable[[int], float]) -> _Outcome:
+        live = [alone(n) != 0 for n in who]
+        found = weighted_sum(self.adapters(name), [one / max(1, sum(live)) for one in live])
+        dropped = {who[i]: reason for i, reason in found.dropped.items()}
+        return _Outcome(
+            found.adapter, LayerReport(name, who, "linear", weights=found.weights, dropped=dropped)
+        )
 
 
 class _Solver:
@@ -378,11 +386,11 @@ class _Solver:
 
 
 def _sweep(
-    problem: _Problem, solve: _Solver, frontier: Frontier
+    problem: _Problem, solve: _Solver, kept: Mapping[str, _Outcome], frontier: Frontier
 ) -> Generator[Progress, None, dict[str, _Outcome]]:
     """Solve every layer as its inputs arrive: the fixed point of Algorithm 1 in one forward of every sample."""
     outcomes: dict[str, _Outcome] = {}
-    merged = {name: outcome.adapter for name, outcome in problem.uncontested().items()}
+    merged = {name: outcome.adapter for name, outcome in kept.items()}
     samples = problem.given_samples()
     batches = samples.batches()
     visited: set[tuple[str, MicroBatch]] = set()
@@ -423,13 +431,13 @@ def _sweep(
 
 
 def _iterate(
-    problem: _Problem, solve: _Solver, iterations: int, tolerance: float
+    problem: _Problem, solve: _Solver, kept: Mapping[str, _Outcome], iterations: int, tolerance: float
 ) -> Generator[Progress, None, tuple[dict[str, _Outcome], list[Change]]]:
     """Algorithm 1 as printed: a first solve with X̃ = X, then at most ``iterations`` refinements; what each changed.
 
     Ends early once no layer's ΔW changes by more than ``tolerance`` of itself.
     """
-    merged = {name: outcome.adapter for name, outcome in problem.uncontested().items()}
+    merged = {name: outcome.adapter for name, outcome in kept.items()}
     outcomes: dict[str, _Outcome] = {}
     changes: list[Change] = []
     for k in range(iterations + 1):

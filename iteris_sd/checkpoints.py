@@ -76,6 +76,12 @@ def _folder(path: Path) -> bases.Base:
     _check_channels(path, unet.get("in_channels", _CHANNELS), vae.get("latent_channels", _CHANNELS))
     for part, stem in weights.NETWORKS.items():
         _check_weights(path / part, stem)
+    if weights.variant(path) is None and not all(
+        _is_plain(path / part, stem) for part, stem in weights.NETWORKS.items()
+    ):
+        raise UserError(
+            f"{path} has the weights of some parts as {weights.HALF} only and of others not; download all of either."
+        )
     schedule = _json(path / "scheduler" / "scheduler_config.json")
     return _predicting(base, schedule.get("prediction_type", "epsilon"))
 
@@ -129,8 +135,11 @@ def noise_schedule(path: Path) -> Mapping[str, Any]:
 
 
 def _schedule(path: Path, header: Header) -> Mapping[str, Any]:
-    """Velocity as the target is told by a metadata entry (modelspec), by an empty tensor `v_pred` (ComfyUI), or by the
-    settings beside the file (A1111); a schedule that ends in pure noise by an empty tensor `ztsnr`."""
+    """What `noise_schedule` says, by a header that was read.
+
+    Velocity as the target is told by a metadata entry (modelspec), by an empty tensor `v_pred` (ComfyUI), or by the
+    settings beside the file (A1111); a schedule that ends in pure noise by an empty tensor `ztsnr`.
+    """
     said = header.metadata.get("modelspec.prediction_type") == "v" or "v_pred" in header.entries
     if not (said or _parameterization(path.with_suffix(".yaml")) == "v"):
         return {}
@@ -144,15 +153,13 @@ def _parameterization(path: Path) -> Any:
     """What a checkpoint's own settings call its target; None where they say nothing, or are not there."""
     if not path.is_file():
         return None
+    if path.stat().st_size > limits.MAX_CONFIG_BYTES:
+        raise UserError(
+            f"{path} has more than {limits.MAX_CONFIG_BYTES:,} bytes; settings are a page of text."
+        )
     try:
-        if path.stat().st_size > limits.MAX_CONFIG_BYTES:
-            raise UserError(
-                f"{path} has more than {limits.MAX_CONFIG_BYTES:,} bytes; settings are a page of text."
-            )
         data = yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path}, the settings of the checkpoint, cannot be read; mend or remove it."
         ) from error
@@ -180,12 +187,17 @@ def _check_weights(part: Path, stem: str) -> None:
     """Raise UserError when a folder has no weights, whole or in shards, that are read; say which there are."""
     plain, half = f"{stem}.safetensors", f"{stem}.{weights.HALF}.safetensors"
     there = sorted(file.name for file in part.iterdir() if file.suffix in _WEIGHTS)
-    if plain in there or half in there or any(part.glob(f"{stem}.safetensors.index*.json")):
+    if half in there or _is_plain(part, stem):
         return
     found = f"there is {', '.join(there)}" if there else "there are no weights"
     pickles = any(not name.endswith(".safetensors") for name in there)
     advice = _NO_PICKLES if pickles else "rename what is meant, or download the whole folder again"
     raise UserError(f"{part} has no {plain} or {half}; {found}: {advice}.")
+
+
+def _is_plain(part: Path, stem: str) -> bool:
+    """Whether a folder's plain weights are there, whole or in shards."""
+    return (part / f"{stem}.safetensors").is_file() or (part / f"{stem}.safetensors.index.json").is_file()
 
 
 def _of_width(path: Path, width: Any, known: Mapping[int, str]) -> bases.Base:

@@ -409,7 +409,7 @@ def bench_compose(
     methods: Annotated[str, typer.Option(help="Merging methods, beside the linear average.")] = ",".join(
         registry.METHODS
     ),
-    base: Annotated[str, typer.Option(help="The base model, by name.")] = "storybook",
+    base: Annotated[str, typer.Option(help="The base model, by name or path.")] = "storybook",
     prompts: Annotated[int, typer.Option(help="Prompts for each pair.", min=1)] = 4,
     seeds: Annotated[int, typer.Option(help="Seeds for each prompt.", min=1)] = 1,
     table: Annotated[
@@ -419,18 +419,21 @@ def bench_compose(
 ) -> None:
     """Compose every pair of concepts by several methods, and score them: means over pairs, with 95 % intervals."""
     with _answering():
+        from iteris_sd import export
         from iteris_sd.benchmarks import composing
 
-        library = _at_hand()
+        if table is not None:
+            export.check_folder(table.parent)
+        library, base = _at_hand(), checkpoints.opened(base).name
         job = composing.job(library, base, names or [], _words(methods), prompts, seeds)
         found = _watched(composing.shots(job, library))
-        if table is not None:
-            composing.write_csv(found, table)
         made = composing.figures(found)
         if as_json:
             _print_json(composing.described(job, made))
-            return
-        _print_alignments(composing.rows(made), [*composing.MEASURES.values()])
+        else:
+            _print_alignments(composing.rows(made), [*composing.MEASURES.values()])
+        if table is not None:
+            composing.write_csv(found, table)
 
 
 @app.command(name="app")
@@ -732,8 +735,8 @@ def _with_interval(row: Row | Paired, sign: str = "") -> str:
 
 
 def _print_json(value: Any) -> None:
-    every = (sys.stdout.encoding or "").lower().startswith("utf")  # character can be written there
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=not every))
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=not unicode))
 
 
 def _plain(value: Any) -> Any:

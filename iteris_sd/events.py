@@ -66,8 +66,8 @@ class MergeDone:
 class Picture:
     """One finished picture, its scores, and the prompt it was drawn from.
 
-    `method`: the column of the recipe. `flagged`: the safety checker blanked it. `scene`: the one concept that it is
-    of, where it shows what was retained of it; empty for a picture of the composition.
+    `method`: the column of the recipe. `flagged`: it is blank, by the safety checker or because its numbers overflowed.
+    `scene`: the one concept that it is of, where it shows what was retained of it; empty for one of the composition.
     """
 
     method: str

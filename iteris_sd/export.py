@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -73,24 +73,23 @@ def write(composition: Composition, folder: Path) -> None:
         for method, merged in composition.merged.items():
             metadata = lora_metadata(composition.recipe, composition.concepts, merged)
             write_lora(merged.lora, composition.tokens, draft / "merged" / f"{method}{SUFFIX}", metadata)
-        now = {file.relative_to(draft) for file in draft.rglob("*")}
-    for file in earlier - now:
-        (folder / file).unlink(missing_ok=True)
+        now = {str(file.relative_to(draft)).lower() for file in draft.rglob("*")}
+    for file in (file for file in earlier if str(file).lower() not in now):
+        with suppress(OSError):  # all is written; what cannot be removed stays
+            patiently((folder / file).unlink)
 
 
-def _earlier(folder: Path) -> set[Path]:
+def _earlier(folder: Path) -> list[Path]:
     """Pictures and merged LoRAs of the composition that `folder` holds, as far as its own files tell of them."""
     try:
         told = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         names = [picture["file"] for kind in ("pictures", "retained") for picture in told[kind]]
         methods = [use.name for use in Recipe.read(folder / "recipe.json").merging]
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return set()
-    merged = {Path("merged", f"{method}{SUFFIX}") for method in methods}
-    places = [Path("merged", f"{method}.embeddings") for method in methods]
-    tokens = {place / file.name for place in places for file in (folder / place).glob(f"*{SUFFIX}")}
-    pictures = {Path(Path(str(name)).name) for name in names}
-    return {picture for picture in pictures if picture.suffix == ".png"} | merged | tokens
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+        return []
+    pictures = [Path(Path(str(name)).name) for name in names]
+    merged = [Path("merged", f"{method}{SUFFIX}") for method in methods]
+    return [picture for picture in pictures if picture.suffix == ".png"] + merged
 
 
 @dataclass(frozen=True)

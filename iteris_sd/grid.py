@@ -22,7 +22,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL = 256  # pixels: smaller pictures are enlarged, by a whole factor, to about this side
 GAP = 12
 MARGIN = 20
-FLAGGED = "blanked by the safety checker"
+FLAGGED = "blanked: safety checker, or numbers overflowed"
 INK, FAINT, PAPER = "#1d1f24", "#5c6370", "#ffffff"
 HEADING, CAPTION = 17, 13  # font sizes in pixels
 

@@ -63,7 +63,8 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A picture, the latents (c, h, w) it was decoded from, and whether the safety checker blanked it."""
+    """A picture, the latents (c, h, w) it was decoded from, and whether it is blank: the safety checker's doing, or
+    because its numbers overflowed."""
 
     image: Image.Image
     latents: Tensor
@@ -261,41 +262,26 @@ def decode(backbone: Backbone, latents: Tensor) -> list[Drawn]:
 
 @torch.no_grad()
 def _decoded(backbone: Backbone, latents: Tensor) -> list[Drawn]:
-    pixels, found = backbone.pipeline.run_safety_checker(
-        _pixels(backbone, latents), backbone.device, backbone.dtype
-    )
+    pixels = _pixels(backbone, latents)
+    lost = ~pixels.isfinite().flatten(1).all(dim=1)
+    pixels[lost] = -1.0  # black: nobody can see what it was, and the other columns are to go on
+    pixels, found = backbone.pipeline.run_safety_checker(pixels, backbone.device, backbone.dtype)
     pictures = backbone.pipeline.image_processor.postprocess(pixels, output_type="pil")
     flags = found or [False] * len(pictures)
-    rows = zip(pictures, latents, flags, strict=True)
-    return [Drawn(picture, own, bool(flag)) for picture, own, flag in rows]
+    rows = zip(pictures, latents, flags, lost.tolist(), strict=True)
+    return [Drawn(picture, own, bool(flag) or gone) for picture, own, flag, gone in rows]
 
 
 def _pixels(backbone: Backbone, latents: Tensor) -> Tensor:
-    """Decoded latents, (n, 3, height, width); again in float32 where numbers of halves overflow, as some VAEs' do.
-
-    Raises UserError when there are values that are no numbers all the same.
-    """
+    """Decoded latents, (n, 3, height, width); again in float32 where numbers of halves overflow, as some VAEs' do."""
     vae = backbone.vae
     latents = latents / vae.config.scaling_factor
-    pixels = vae.decode(latents).sample
-    if not _finite(pixels) and _finite(latents) and vae.dtype != torch.float32:
-        narrow = vae.dtype
-        try:
-            pixels = vae.to(torch.float32).decode(latents.float()).sample
-        finally:
-            vae.to(narrow)
-    if not _finite(pixels):
-        if _finite(latents):
-            raise UserError(
-                f"The VAE of {backbone.base.title} decodes a picture to values that are no numbers, in float32, "
-                "too; lower the weights and the guidance, or, where no picture comes, choose another base model."
-            )
-        raise UserError(
-            f"{backbone.base.title} denoises to values that are no numbers, in {str(backbone.dtype)[6:]}; lower the "
-            "weights and the guidance, set ITERIS_SD_DTYPE=fp32, or choose another base model."
-        )
-    return pixels
-
-
-def _finite(numbers: Tensor) -> bool:
-    return bool(numbers.isfinite().all())
+    pixels: Tensor = vae.decode(latents).sample
+    narrow = vae.dtype
+    if narrow == torch.float32 or bool(pixels.isfinite().all()) or not bool(latents.isfinite().all()):
+        return pixels
+    try:
+        again: Tensor = vae.to(torch.float32).decode(latents.float()).sample
+        return again
+    finally:
+        vae.to(narrow)

@@ -1,16 +1,12 @@
 """Who takes part in which layer when several LoRAs are merged, and which layers the method has to solve."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 from iteris_sd.lora import TARGETS, LoRA, LowRank
 from iteris_sd.merging import registry
-
-
-def _as_it_is(concept: int) -> float:
-    return 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +15,12 @@ class Shares:
 
     ``absent``: what a LoRA that does not touch a layer, or was not trained there and holds zeros, does there: "skip",
     it takes no part; "zero", it takes part with ΔW = 0. ``targets``: the layers to be solved for, a key of
-    ``lora.TARGETS``. ``alone``: what each is multiplied by in layers that no other takes part in.
+    ``lora.TARGETS``.
     """
 
     loras: Sequence[LoRA]
     absent: Literal["skip", "zero"] = "skip"
     targets: str = "all"
-    alone: Callable[[int], float] = _as_it_is
 
     @cached_property
     def participants(self) -> dict[str, tuple[int, ...]]:
@@ -65,5 +60,4 @@ class Shares:
 
 def shares(loras: Sequence[LoRA], method: registry.Method, settings: Mapping[str, Any]) -> Shares:
     """How a method with these validated settings shares the layers out."""
-    targets = settings.get("targets", method.targets)
-    return Shares(loras, settings.get("absent", "skip"), targets, partial(method.alone, settings))
+    return Shares(loras, settings.get("absent", "skip"), settings.get("targets", method.targets))

@@ -54,8 +54,10 @@ def variant(folder: Path) -> str | None:
 
 
 def checker(folder: Path) -> str | None:
-    """Which files of a diffusers folder hold its safety checker, as `variant`; it may be another. None: it has none,
-    or not what prepares pictures for it."""
+    """Which files of a diffusers folder hold its safety checker, as `variant`; it may be another.
+
+    None: it has none, or not what prepares pictures for it.
+    """
     if not all((folder / name).is_file() for name in (f"{_CHECKER}/config.json", _SEES)):
         return None
     first = variant(folder) or ""

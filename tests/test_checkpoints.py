@@ -218,6 +218,13 @@ def test_weights_that_are_not_read_are_named(folder: Path, name: str, sentence: 
         checkpoints.opened(str(folder))
 
 
+def test_a_folder_of_mixed_variants_is_refused_before_it_is_loaded(folder: Path) -> None:
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(UserError, match="weights of some parts as fp16 only and of others not"):
+        checkpoints.opened(str(folder))
+
+
 @pytest.mark.parametrize("checker", [True, False])
 def test_a_folder_without_what_prepares_pictures_loads_without_a_checker(
     folder: Path, monkeypatch: pytest.MonkeyPatch, checker: bool

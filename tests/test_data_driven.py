@@ -328,6 +328,18 @@ def test_targets_are_solved_and_the_others_averaged(toy: Toy, targets: str) -> N
             assert distance(found.lora[report.name].delta(), mean) < EXACT
 
 
+def test_who_is_left_out_is_left_out_beyond_the_targets_too(toy: Toy) -> None:
+    loras, batches = problem(toy, (2, 3))
+    found = run(toy, loras, batches, "iteris", targets="text_encoder", coefficients=[0.0, 1.0])
+    assert all(
+        distance(found.lora[report.name].delta(), loras[1][report.name].delta()) < EXACT
+        and report.dropped == {0: "its coefficient is 0"}
+        for report in found.reports
+        if report.method == "linear"
+    )
+    assert (toy is TOYS["text encoder"]) is not any(report.method == "linear" for report in found.reports)
+
+
 def test_data_free_methods_need_inputs_of_no_layer() -> None:
     loras, _ = problem(TOYS["text encoder"], (2, 3))
     assert contested(loras, "ties", {}) == frozenset()

@@ -643,8 +643,8 @@ def test_the_api_holds_the_bounds(address):
         ({"methods": 3}, "methods should be names in a list"),
         ({"weights": 2}, "as many weights in a list, or none, not 2"),
         ({"weights": [1.0, 2.0]}, "For 1 concepts there should be as many weights"),
-        ({"parameters": [1]}, "parameters should be tables by method"),
-        ({"parameters": {"alpha": 1}}, "parameters should be tables by method"),
+        ({"parameters": [1]}, "parameters should be a table, such as .*iteris.*, not"),
+        ({"parameters": {"alpha": 1}}, "parameters should be a table, such as .*iteris.*, not 1"),
         ({"parameters": {"iteris": {"alpha": 1}}}, "'iteris', which is not among the methods asked for"),
     ],
 )

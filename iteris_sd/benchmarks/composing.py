@@ -150,13 +150,17 @@ def _over_pairs(values: Mapping[Any, Sequence[float]]) -> tuple[float, float | N
 
 
 def write_csv(found: Iterable[Shot], path: Path) -> None:
-    """One row a picture."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("one", "other", "prompt", "seed", "method", *MEASURES))
-        for shot in found:
-            scores = [shot.scores.get(measure, "") for measure in MEASURES]
-            table.writerow((*shot.pair, shot.prompt, shot.seed, shot.method, *scores))
+    """One row a picture. Raises UserError when `path` cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(("one", "other", "prompt", "seed", "method", *MEASURES))
+            for shot in found:
+                scores = [shot.scores.get(measure, "") for measure in MEASURES]
+                table.writerow((*shot.pair, shot.prompt, shot.seed, shot.method, *scores))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}).") from error
 
 
 def described(job: Job, found: Sequence[Figure]) -> dict[str, Any]:

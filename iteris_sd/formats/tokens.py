@@ -47,7 +47,7 @@ _STRANGERS = (
 _OTHERS = (
     (
         r"(\.lora[._]|lora_(A|B|up|down)\b|\.(alpha|hada_\w+|lokr_\w+)$|^(unet|text_encoder):\d"
-        r"|^lora_(unet|te\d?)_|^lycoris_|^(base_model|diffusion_model|unet|text_encoders?)\."
+        r"|^lora_(unet|te\d?)_|^lycoris_\w+\.|^(base_model|diffusion_model|unet|text_encoders?)\."
         r"|\.(diff|diff_b|w_norm|b_norm|on_input|oft_\w+)$)",
         "a LoRA, not a learned token; give it as the concept's LoRA",
     ),

@@ -67,13 +67,16 @@ def _words(given: Any, what: str) -> list[str]:
     return list(given)
 
 
+def _table(given: Any, such: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"parameters should be a table, such as {such}, not {given!r}.")
+    return given
+
+
 def _settings(given: Any, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Parameters by method. Raises UserError for those of a method that is not asked for, and what is no table."""
-    tables = given or {}
-    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
-        raise UserError(
-            f'parameters should be tables by method, such as {{"iteris": {{"alpha": 0.0001}}}}, not {given!r}.'
-        )
+    such = '{"iteris": {"alpha": 0.0001}}'
+    tables = {str(method): _table(table, such) for method, table in _table(given or {}, such).items()}
     if strange := sorted(set(tables) - set(methods)):
         raise UserError(
             f"There are parameters for {strange[0]!r}, which is not among the methods asked for; ask for it, or leave "
@@ -204,7 +207,7 @@ def _add_merge(visits: Visits, base: Base) -> None:
                 guidance=base.guidance,
                 sampler=base.sampler,
                 samples=samples,
-                parameters=_settings({method: parameters or {}}, [method]),
+                parameters={method: _table(parameters or {}, '{"alpha": 0.0001}')},
             )
             export.Form(layout)  # known before the work, too
             registry.find(method)

@@ -114,7 +114,7 @@ const fill = (place) => {
   for (const measure of taken.length ? taken : main) {
     add(caption, 'span', '', `${measure.short} ${number(cell.scores[measure.id])}`);
   }
-  if (cell.flagged) add(caption, 'span', 'flagged', 'blanked by the safety checker, not scored');
+  if (cell.flagged) add(caption, 'span', 'flagged', 'blanked by the safety checker, or its numbers overflowed; not scored');
 };
 const asGrid = () => {
   const wide = add(stage, 'div', 'wide'), table = add(wide, 'table', 'pictures');

@@ -135,6 +135,7 @@ def launch(
     share = share or _shared_anyway()
     if share:
         serving.go_public()
+    weights.safety_wanted()  # where the environment says what is not understood, it is told now
     if base is not None and serving.public():
         weights.check_safe(bases.find(base))
     kept, history = (None, None) if serving.public() else (Kept.usual(), History.usual())

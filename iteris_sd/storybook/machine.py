@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
 
 Precision = Literal["auto", "fp32", "bf16"]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ def _bf16_pays(device: torch.device) -> bool:
             best = min(best, time.perf_counter() - began)
         seconds[dtype] = best
     return seconds[torch.bfloat16] < 0.5 * seconds[torch.float32]
+
+
+def channels_last(module: M) -> M:
+    """The module, its convolutions' weights laid out as they are computed fastest; in place."""
+    to: Any = module.to  # PyTorch's types know this word from 2.14 on
+    to(memory_format=torch.channels_last)
+    return module
 
 
 def suit(unet: UNet2DConditionModel, machine: Machine) -> UNet2DConditionModel:

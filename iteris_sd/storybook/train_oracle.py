@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from iteris_sd.storybook import data, world
 from iteris_sd.storybook.loop import Plan, fit
+from iteris_sd.storybook.machine import channels_last
 from iteris_sd.storybook.pictures import disturbed, to_tensor
 from iteris_sd.storybook.run import Run
 
@@ -227,7 +228,7 @@ def load(runs: Path) -> Oracle:
         )
     module = Oracle()
     module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return channels_last(module.eval().requires_grad_(False))
 
 
 def train(run: Run) -> None:
@@ -259,7 +260,7 @@ def train(run: Run) -> None:
 
     torch.manual_seed(plan.seed)
     module = load(run.runs) if run.warm else Oracle()
-    module = module.requires_grad_(True).to(run.machine.device).to(memory_format=torch.channels_last)
+    module = channels_last(module.requires_grad_(True).to(run.machine.device))
     loss = judging_loss(generic, individuals, plan.batch, run.machine.device)
     average = fit(plan, module, loss, run.runs / "oracle", run.machine, measure)
     torch.save(average.state_dict(), run.runs / FILE)

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from iteris_sd.storybook import autoencoding, data, model
 from iteris_sd.storybook.loop import Plan, fit
-from iteris_sd.storybook.machine import suit
+from iteris_sd.storybook.machine import channels_last, suit
 from iteris_sd.storybook.pictures import contact_sheet
 from iteris_sd.storybook.run import Run
 
@@ -141,7 +141,7 @@ def train(run: Run) -> None:
 
     torch.manual_seed(plan.seed)
     module = _modules(run, tokenizer).to(machine.device)
-    module["unet"].to(memory_format=torch.channels_last)
+    channels_last(module["unet"])
     if machine.compiled:
         module["unet"].compile()
     loss = denoising_loss(latents, ids, empty, plan.batch, machine.device)

@@ -268,7 +268,7 @@ def _decoded(backbone: Backbone, latents: Tensor) -> list[Drawn]:
     pixels, found = backbone.pipeline.run_safety_checker(pixels, backbone.device, backbone.dtype)
     pictures = backbone.pipeline.image_processor.postprocess(pixels, output_type="pil")
     flags = found or [False] * len(pictures)
-    rows = zip(pictures, latents, flags, lost.tolist(), strict=True)
+    rows = zip(pictures, latents, flags, lost.cpu().tolist(), strict=True)
     return [Drawn(picture, own, bool(flag) or gone) for picture, own, flag, gone in rows]
 
 

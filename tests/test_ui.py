@@ -445,3 +445,19 @@ def test_scores_that_were_changed_by_hand_are_told(tmp_path: Path) -> None:
     for broken in ({"file": "a.png"}, told | {"scores": {"surprise": 1}}, 3):
         with pytest.raises(UserError, match="not as they are written here"):
             takeaway.drawn_before({"pictures": [broken]}, tmp_path)
+
+
+@pytest.mark.parametrize(("work", "stop"), [("work", "stop"), ("draw_again", "stop"), ("why", "stop_why")])
+def test_work_that_is_stopped_by_hand_is_not_told_as_broken(work: str, stop: str) -> None:
+    """What is cancelled counts as failed, and the page may hear of that last."""
+    made = page.build(visits.Visits(LIBRARY))
+    calls = {event.api_name: event.fn for event in made.fns.values()}
+
+    def told(name: str) -> str:
+        return str([*calls[name](asking_as("a")).values()])
+
+    assert results.BROKEN in told(f"failed_{work}")
+    told(stop)
+    assert results.BROKEN not in told(f"failed_{work}")
+    told(f"begin_{work}")
+    assert results.BROKEN in told(f"failed_{work}")

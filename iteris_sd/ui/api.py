@@ -110,7 +110,7 @@ def _add_compose(visits: Visits, base: Base) -> None:
         parameters: dict[str, dict[str, Any]] | None = None,
         strength: float = 1.0,
         retention: int = 0,
-    ) -> tuple[gr.FileData, gr.FileData, dict[str, Any], dict[str, Any]]:
+    ) -> tuple[gr.FileData, gr.FileData, list[gr.FileData], dict[str, Any], dict[str, Any]]:
         """Merge concepts by several methods, draw the same seeds with each, and score the pictures.
 
         Args:
@@ -133,7 +133,8 @@ def _add_compose(visits: Visits, base: Base) -> None:
 
         Returns:
             grid: one picture of all pictures with their scores.
-            archive: a zip: pictures that hold their recipe, the grid, recipe.json, scores, a zip of each merged LoRA.
+            archive: a zip with the pictures (PNG with the recipe inside), recipe.json, scores.json and .csv.
+            loras: for each merging method a zip with the LoRA and its embeddings.
             summary: the content of scores.json: every score, means, 95 % intervals, n, the scorer's name.
             recipe: the content of recipe.json.
         """
@@ -158,11 +159,13 @@ def _add_compose(visits: Visits, base: Base) -> None:
                 parameters=_settings(parameters, columns),
             )
             job = await _ended(visit.compose(recipe))
-            archive = await asyncio.to_thread(_bag(job).archive)
+            bag = _bag(job)
+            # In a list, which Gradio serves from where they are; of a file of its own it keeps a copy for each call.
+            loras = [_file(await asyncio.to_thread(bag.lora, method)) for method in bag.merged]
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        grid, scores = (job.state.files or {})["grid"], dict(job.state.scores or {})
-        return _file(grid), _file(archive), scores, json.loads(recipe.json_text())
+        files, scores = job.state.files or {}, dict(job.state.scores or {})
+        return _file(files["grid"]), _file(files["pictures"]), loras, scores, json.loads(recipe.json_text())
 
     compose.__doc__ = (compose.__doc__ or "").replace("METHODS", ", ".join(asking.METHOD_CHOICES))
 

@@ -204,21 +204,23 @@ def _wire_work(visits: Visits, form: Form, outcome: Outcome) -> None:
         yield from _composed(visits, request, outcome, asked)
 
     def end(request: gr.Request) -> Update:
-        job = visits.of(request).job
+        visit = visits.of(request)
+        visit.given_up.add("compose")
+        job = visit.job
         if job is None:
             return {outcome.progress: results.EMPTY, **outcomes.idle(outcome)}
         job.stop()
         job.wait()
         return outcomes.ended(job, outcome)
 
-    def begin() -> Update:
+    def begin(request: gr.Request) -> Update:
+        visits.of(request).given_up.discard("compose")
         return outcomes.started(outcome)
 
-    def failed() -> Update:
-        told = (
-            "That did not come to its end: too many are waiting, or something went wrong inside. Try again."
-        )
-        return {outcome.progress: results.problem(told), **outcomes.idle(outcome)}
+    def failed(request: gr.Request) -> Update:
+        if "compose" in visits.of(request).given_up:  # what is cancelled counts as failed
+            return end(request)
+        return {outcome.progress: results.problem(results.BROKEN), **outcomes.idle(outcome)}
 
     working = []
     for button, asked, run, name in (

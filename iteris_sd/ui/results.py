@@ -26,6 +26,7 @@ EMPTY = """
 </ol>
 </div>
 """
+BROKEN = "That did not come to its end: too many are waiting, or something went wrong inside. Try again."
 STARTING = '<div class="progress"><p role="status">Waiting for its turn…</p><progress></progress></div>'
 
 

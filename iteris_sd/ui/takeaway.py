@@ -124,13 +124,6 @@ class Bag:
                 shutil.rmtree(folder)
         return packed
 
-    def archive(self) -> Path:
-        """A zip of all that `pack` wrote, with a zip of each merged LoRA. Raises UserError as `lora` does."""
-        names = ("grid.png", "recipe.json", "scores.json", "scores.csv")
-        loras = [self.lora(method) for method in self._merged]
-        files = [*(drawn.path for drawn in self.drawn), *(self._folder / name for name in names), *loras]
-        return _zip(self._folder / "composition.zip", files)
-
     def _composition(self) -> Composition:
         """The composition, or what there is of one that was stopped."""
         from iteris_sd import merger, scoring

@@ -45,12 +45,14 @@ class Result:
 class Visit:
     """One open page, or one client of the API.
 
-    `kept`: the concepts it may add to and change; `history`: the compositions it may look back at.
+    `kept`: the concepts it may add to and change; `history`: the compositions it may look back at. `given_up`: which
+    work was stopped by hand, "compose" or "why": a page is told of it in two ways, and either may come last.
     """
 
     def __init__(self, folder: Path, shipped: Library, kept: Kept, history: History) -> None:
         self.job: jobs.Job | None = None
         self.study: jobs.Study | None = None
+        self.given_up: set[str] = set()
         self.history = history
         self.seen = time.monotonic()
         self._works: set[jobs.Work] = set()

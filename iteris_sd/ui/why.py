@@ -93,7 +93,8 @@ def layout() -> Tab:
 def wire(visits: Visits, form: Form, tab: Tab) -> None:
     """Make it work."""
 
-    def begin() -> Update:
+    def begin(request: gr.Request) -> Update:
+        visits.of(request).given_up.discard("why")
         hidden = {image: gr.Image(visible=False) for image in tab.figures.values()}
         busy = {tab.look: gr.Button(interactive=False), tab.stop: gr.Button(visible=True)}
         return {**busy, **hidden, tab.told: results.STARTING, tab.tables: ""}
@@ -112,14 +113,15 @@ def wire(visits: Visits, form: Form, tab: Tab) -> None:
             study.stop()
         yield _ended(study, tab)
 
-    def failed() -> Update:
-        told = (
-            "That did not come to its end: too many are waiting, or something went wrong inside. Try again."
-        )
-        return {tab.told: results.problem(told), **_idle(tab)}
+    def failed(request: gr.Request) -> Update:
+        if "why" in visits.of(request).given_up:  # what is cancelled counts as failed
+            return end(request)
+        return {tab.told: results.problem(results.BROKEN), **_idle(tab)}
 
     def end(request: gr.Request) -> Update:
-        study = visits.of(request).study
+        visit = visits.of(request)
+        visit.given_up.add("why")
+        study = visit.study
         if study is None:
             return {tab.told: _EMPTY, **_idle(tab)}
         study.stop()

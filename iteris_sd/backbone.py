@@ -273,9 +273,7 @@ def _loaded(base: bases.Base) -> Backbone:
             pipeline = _single_file(place, dtype) if place.is_file() else _folder(place, dtype)
             _check_whole(pipeline)
     except _BROKEN as error:
-        # Diffusers leaves what a file lacks without data, and then fails to move it.
-        why = "it lacks weights; download it again." if isinstance(error, NotImplementedError) else error
-        raise UserError(f"The weights of {base.title} at {place} cannot be loaded: {why}") from error
+        raise UserError(f"The weights of {base.title} at {place} cannot be loaded: {error}") from error
     memory.placed(pipeline, device)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
@@ -317,16 +315,19 @@ def _single_file(place: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     encoder = _text_encoder(None, config=config, state_dict=tensors, dtype=dtype)
     with tempfile.TemporaryDirectory(prefix="iteris-sd-") as folder:
         sd15.write_configuration(Path(folder), checkpoints.noise_schedule(place))
-        return StableDiffusionPipeline.from_single_file(
-            str(place),
-            config=folder,
-            text_encoder=encoder,
-            torch_dtype=dtype,
-            local_files_only=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        try:
+            return StableDiffusionPipeline.from_single_file(
+                str(place),
+                config=folder,
+                text_encoder=encoder,
+                torch_dtype=dtype,
+                local_files_only=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        except NotImplementedError as error:  # what torch says where there is no data to move
+            raise ValueError("it lacks weights; download it again.") from error
 
 
 def _text_encoder(place: Path | None, **told: Any) -> CLIPTextModel:

@@ -85,12 +85,12 @@ def _in_nouns(prompt: str, unknown: Sequence[Loaded], known: Sequence[Loaded] = 
     """The prompt with class nouns for the triggers of concepts that are `unknown`, but not within those `known`."""
     plain: dict[str, str] = {}
     for one in unknown:
-        plain |= {prompting.escaped(token.lower()): one.concept.class_noun for token in one.tokens}
+        plain |= {prompting.escaped(token).lower(): one.concept.class_noun for token in one.tokens}
     for one in unknown:
-        plain[prompting.escaped(one.concept.trigger.lower())] = one.concept.class_noun
+        plain[prompting.escaped(one.concept.trigger).lower()] = one.concept.class_noun
     if not plain:
         return prompt
-    kept = {prompting.escaped(words.lower()) for one in known for words in (one.concept.trigger, *one.tokens)}
+    kept = {prompting.escaped(words).lower() for one in known for words in (one.concept.trigger, *one.tokens)}
     longest_first = sorted({*plain, *kept}, key=len, reverse=True)
     found = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in longest_first)
 

@@ -54,6 +54,7 @@ MAX_STRENGTH = 2.0  # a merged adapter drawn more strongly than this breaks the 
 MAX_WEIGHT = 4.0  # a LoRA applied more strongly than this breaks the base model
 MAX_PROMPT_CHARS = 1000  # 77 tokens are read; a thousand characters hold several times as many
 MAX_PROMPT_WEIGHT = 4.0  # words weighed more than this push the text states out of what the U-Net knows
+MAX_BREAKS = 8  # every further piece costs as much attention as a whole prompt
 MAX_CLIP_SKIP = 4  # the last quarter of the text encoder; models were trained on its end, or the layer before
 MIN_SIZE, MAX_SIZE = 64, 1024  # pixels; SD v1.5 repeats its subjects above 768
 MAX_SAMPLES = 256  # calibration samples per concept; the paper takes 50

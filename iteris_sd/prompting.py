@@ -1,14 +1,15 @@
 """Prompts as people write them: `(word:1.2)` weighs a word, and a long text is read in several pieces.
 
 The notation is that of A1111: `(word)` 1.1 times, `[word]` 1/1.1 times, `(word:1.2)` 1.2 times as strong; brackets
-nest; a backslash makes a bracket plain. A bracket without a partner is plain, too.
+nest; a backslash makes a bracket plain. A bracket without a partner is plain, too. What follows the word `BREAK` is
+read apart from what stands before it, in a further piece; a backslash makes it a word like others.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from iteris_sd import limits
@@ -20,21 +21,33 @@ if TYPE_CHECKING:
 
 _STEP = 1.1  # what a bare pair of brackets weighs
 _PARTNER = {")": "(", "]": "["}
-_MARKS = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|[\\:]")
+_BREAK = r"\bBREAK\b"
+_ESCAPED = re.compile(rf"[()\[\]\\]|{_BREAK}")
+_MARKS = re.compile(
+    rf"\\(?:{_ESCAPED.pattern})|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\s*{_BREAK}\s*"
+    rf"|(?:(?!\s*{_BREAK})[^\\()\[\]:])+|[\\:]"
+)
 _END_OF_WORD = "</w>"
 _SOUND_MEAN = 0.02  # of the RMS, from where a mean is one: those of Storybook's text states stay below 0.01
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Words of a prompt and how strongly they count; 1 is plain."""
+    """Words of a prompt and how strongly they count; 1 is plain.
+
+    `apart`: whether they are no words but a BREAK, whose text is the space that it leaves.
+    """
 
     text: str
     weight: float = 1.0
+    apart: bool = False
 
 
 def parse(prompt: str) -> list[Piece]:
-    """The pieces of a prompt, in order, neighbours of different weights. Raises UserError for a weight too large."""
+    """The pieces of a prompt, in order, neighbours of different weights or with a BREAK between them.
+
+    Raises UserError for a weight too large and for too many BREAKs.
+    """
     pieces: list[Piece] = []
     opened: list[
         tuple[str, int]
@@ -47,10 +60,15 @@ def parse(prompt: str) -> list[Piece]:
         elif closing in _PARTNER and opened and opened[-1][0] == _PARTNER[closing]:
             bracket, start = opened.pop()
             factor = float(mark[1:-1]) if mark[0] == ":" else _STEP if bracket == "(" else 1 / _STEP
-            inner = [Piece(piece.text, piece.weight * factor) for piece in pieces[start + 1 :]]
+            inner = [
+                piece if piece.apart else replace(piece, weight=piece.weight * factor)
+                for piece in pieces[start + 1 :]
+            ]
             pieces[start:] = [Piece(""), *inner]
+        elif mark.strip() == "BREAK":
+            pieces.append(Piece(" ", apart=True))
         else:
-            pieces.append(Piece(mark[1:] if mark[0] == "\\" and len(mark) == 2 else mark))
+            pieces.append(Piece(mark[1:] if mark[0] == "\\" and len(mark) > 1 else mark))
     return _checked(_joined(pieces))
 
 
@@ -61,7 +79,7 @@ def plain(prompt: str) -> str:
 
 def escaped(words: str) -> str:
     """Words that are to be read as they stand, brackets and all."""
-    return re.sub(r"([()\[\]\\])", r"\\\1", words)
+    return _ESCAPED.sub(r"\\\g<0>", words)
 
 
 def vector_name(token: str, k: int) -> str:
@@ -73,8 +91,9 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbours of the same weight in one."""
     joined: list[Piece] = []
     for piece in pieces:
-        if joined and joined[-1].weight == piece.weight:
-            joined[-1] = Piece(joined[-1].text + piece.text, piece.weight)
+        alike = joined and joined[-1].weight == piece.weight and not (piece.apart or joined[-1].apart)
+        if alike:
+            joined[-1] = replace(joined[-1], text=joined[-1].text + piece.text)
         elif piece.text:
             joined.append(piece)
     return joined
@@ -87,14 +106,17 @@ def _checked(pieces: list[Piece]) -> list[Piece]:
                 f"In the prompt, {piece.text.strip()[:40]!r} has the weight {piece.weight:g}; weights go from 0 to "
                 f"{limits.MAX_PROMPT_WEIGHT:g}."
             )
+    breaks = sum(piece.apart for piece in pieces)
+    if breaks > limits.MAX_BREAKS:
+        raise UserError(f"The prompt has {breaks} BREAKs; at most {limits.MAX_BREAKS} are allowed.")
     return pieces
 
 
 def tokenised(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids (n, chunks, positions) int64 of prompts, and their weights, the same shape.
 
-    A text that is longer than the encoder goes on in a further chunk, at a word's end; shorter ones are filled up with
-    chunks of nothing. Raises UserError for a weight too large.
+    A text that is longer than the encoder goes on in a further chunk, at a word's end, and so does one at a BREAK;
+    shorter ones are filled up with chunks of nothing. Raises UserError as `parse`.
     """
     import torch
 
@@ -114,11 +136,17 @@ def tokenised(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[Tensor,
 
 
 def _weighted_words(tokenizer: CLIPTokenizer, prompt: str) -> list[list[tuple[int, float]]]:
-    """The words of a prompt, each as its tokens and their weight; a learned token's vectors are one word."""
+    """The words of a prompt, each as its tokens and their weight; a learned token's vectors are one word.
+
+    A word without tokens is a BREAK.
+    """
     added = set(tokenizer.get_added_vocab().values())  # ids: names come back in lower case
     words: list[list[tuple[int, float]]] = []
     ended, learned = True, None  # whether the last word is whole, and which learned token it began with
     for piece in parse(prompt):
+        if piece.apart:
+            words.append([])
+            ended, learned = True, None
         ids = tokenizer(piece.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         for token, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
             further = learned is not None and name == vector_name(learned, len(words[-1]))
@@ -132,10 +160,10 @@ def _weighted_words(tokenizer: CLIPTokenizer, prompt: str) -> list[list[tuple[in
 
 
 def _chunks(words: Sequence[Sequence[tuple[int, float]]], room: int) -> list[list[tuple[int, float]]]:
-    """Words in chunks of at most `room` tokens; only a word that is longer than that is cut."""
+    """Words in chunks of at most `room` tokens; an empty word begins a chunk, and only one longer than that is cut."""
     chunks: list[list[tuple[int, float]]] = [[]]
     for word in words:
-        if len(chunks[-1]) + len(word) > room and chunks[-1]:
+        if not word or (len(chunks[-1]) + len(word) > room and chunks[-1]):
             chunks.append([])
         chunks[-1].extend(word)
         while len(chunks[-1]) > room:

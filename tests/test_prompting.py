@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,6 +32,10 @@ from iteris_sd.prompting import Piece, parse
         ("an open (bracket (dog)", [("an open (bracket ", 1.0), ("dog", 1.1)]),
         ("[dog:1.3)", [("[dog:1.3)", 1.0)]),
         ("(dog: 1.3 )", [("dog", 1.3)]),
+        ("a dog BREAK a barn", [("a dog", 1.0), (" ", 1.0), ("a barn", 1.0)]),
+        ("BREAK", [(" ", 1.0)]),
+        ("(a dog BREAK cat:2)", [("a dog", 2.0), (" ", 1.0), ("cat", 2.0)]),
+        (r"a \BREAK, BREAKS, break", [("a BREAK, BREAKS, break", 1.0)]),
     ],
 )
 def test_weights_are_read(prompt: str, pieces: list[tuple[str, float]]) -> None:
@@ -38,20 +44,21 @@ def test_weights_are_read(prompt: str, pieces: list[tuple[str, float]]) -> None:
     assert [piece.weight for piece in found] == pytest.approx([weight for _, weight in pieces])
 
 
-@given(st.text())
+@given(st.text() | st.lists(st.sampled_from(["BREAK", "\\", "(", ")", " ", ":1)", "_", "a"])).map("".join))
 def test_escaped_words_are_read_as_they_stand(words: str) -> None:
     assert prompting.plain(prompting.escaped(words)) == words
     assert parse(prompting.escaped(words)) == ([Piece(words)] if words else [])
 
 
-@given(st.text(alphabet="ab ()[]:\\1.5-"))
+@given(st.lists(st.sampled_from([*"ab ()[]:\\1.5-", "BREAK"])).map("".join))
 def test_no_prompt_breaks_the_reader(prompt: str) -> None:
     try:
         pieces = parse(prompt)
     except UserError:
         return
     assert all(0 <= piece.weight <= limits.MAX_PROMPT_WEIGHT for piece in pieces)
-    assert all(a.weight != b.weight for a, b in zip(pieces, pieces[1:], strict=False))
+    for a, b in pairwise(pieces):
+        assert a.weight != b.weight or a.apart or b.apart
 
 
 @pytest.mark.parametrize("prompt", ["(dog:5)", "(dog:-1)", "((((((((((((((((dog))))))))))))))))"])
@@ -81,6 +88,21 @@ def test_a_long_prompt_goes_on_in_chunks_at_a_words_end() -> None:
     assert [t for chunk in read for t in chunk] == tokenizer(words, add_special_tokens=False).input_ids
     assert all(tokenizer.convert_ids_to_tokens(chunk[-1]).endswith("</w>") for chunk in read if chunk)
     assert torch.equal(ids[1, 1], prompting.tokenised(tokenizer, [""])[0][0, 0])  # filled up with nothing
+
+
+def test_what_follows_a_break_is_read_apart() -> None:
+    tokenizer = sd15.tokenizer()
+    ids, _ = prompting.tokenised(tokenizer, ["a dog BREAK a (red barn:1.5)", "BREAK a cat", "BREAK BREAK"])
+    one, red, none, cat = (prompting.tokenised(tokenizer, [t])[0][0, 0] for t in ("a dog", "a red barn", "", "a cat"))
+    assert ids.shape == (3, 3, 77)
+    for found, expected in zip(ids, ([one, red, none], [none, cat, none], [none, none, none]), strict=True):
+        assert torch.equal(found, torch.stack(expected))
+
+
+def test_many_breaks_are_told() -> None:
+    assert sum(piece.apart for piece in parse("BREAK " * limits.MAX_BREAKS)) == limits.MAX_BREAKS
+    with pytest.raises(UserError, match="has 9 BREAKs; at most 8 are allowed"):
+        parse("BREAK " * 9)
 
 
 def test_a_word_longer_than_a_chunk_is_cut() -> None:

@@ -40,12 +40,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_DIALS = ", ".join(f"{m.name}.{p.name}" for m in registry.METHODS.values() for p in m.parameters)
-
 Concepts = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONCEPTS...", help="Names (`concepts` lists them), concept folders or LoRA files."
+        metavar="CONCEPTS...",
+        help="Names (`concepts` lists them), concept folders, LoRA files, or ids on the Hub: owner/name[:file].",
     ),
 ]
 BaseModel = Annotated[
@@ -59,7 +58,9 @@ Weights = Annotated[str | None, typer.Option(help="How strongly each concept is 
 Parameters = Annotated[
     list[str] | None,
     typer.Option(
-        "--param", metavar="METHOD.NAME=VALUE", help=f"A parameter of a method, repeatable: {_DIALS}."
+        "--param",
+        metavar="METHOD.NAME=VALUE",
+        help="A parameter of a method, repeatable; `methods` lists them.",
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration samples per concept.")]
@@ -178,7 +179,7 @@ def _tell(concept: Concept) -> None:
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """List the merging methods and their parameters. `base` draws the base model without any LoRA."""
+    """List the merging methods and their parameters. `base` and `alone` are columns to compare them with."""
     if as_json:
         _print_json([_plain(asdict(method)) for method in registry.METHODS.values()])
         return
@@ -299,7 +300,8 @@ def merge(
         str, typer.Option(help="diffusers (also ComfyUI), kohya (A1111, Forge, ComfyUI) or peft.")
     ] = "diffusers",
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; the LoRAs' own unless given.")
+        str | None,
+        typer.Option(help="fp32, fp16 or bf16; fp32 unless given."),
     ] = None,
     bundle_tokens: Annotated[
         bool, typer.Option("--bundle-tokens", help="Put learned tokens into the file; kohya's layout only.")

@@ -65,7 +65,7 @@ class Preset(_Value):
 
 
 class Settings(_Value):
-    """How to draw. `size` in pixels is for base models that can choose; `samples` are calibration samples."""
+    """How to draw; `samples` are calibration samples."""
 
     name: str
     title: _Words
@@ -74,7 +74,6 @@ class Settings(_Value):
     steps: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)]
     guidance: Annotated[float, Field(ge=1, le=limits.MAX_GUIDANCE)]
     samples: Annotated[int, Field(ge=1, le=limits.MAX_SAMPLES)]
-    size: Annotated[int, Field(ge=64)] | None = None
 
 
 @cache

@@ -236,7 +236,7 @@ def test_compose_fills_a_grid_of_seeds_by_methods(page):
         assert "dog-barn-iteris.safetensors" in names
         assert sum("dog-barn-iteris.embeddings/" in name for name in names) == 2
         if layout == "diffusers":
-            page.get_by_label("For", exact=True).click()
+            page.get_by_label("File layout", exact=True).click()
             page.get_by_role("option", name="kohya: A1111, Forge, ComfyUI").click()
             page.wait_for_timeout(2000)
 
@@ -270,7 +270,7 @@ def test_strength_and_retention_are_drawn_without_a_new_merge_and_repeated(page)
     quick(page, "3", 1, "Linear")
     compose(page)
     ended(page)
-    page.get_by_text("Strength, and what is kept of each concept").click()
+    page.get_by_text("Strength, and retention").click()
     page.get_by_label("number input for Strength of the merged LoRA").fill("0.5")
     retention = page.get_by_label("number input for Retention")
     assert retention.get_attribute("max") == "1"  # of one seed

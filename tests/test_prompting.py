@@ -93,7 +93,9 @@ def test_a_long_prompt_goes_on_in_chunks_at_a_words_end() -> None:
 def test_what_follows_a_break_is_read_apart() -> None:
     tokenizer = sd15.tokenizer()
     ids, _ = prompting.tokenised(tokenizer, ["a dog BREAK a (red barn:1.5)", "BREAK a cat", "BREAK BREAK"])
-    one, red, none, cat = (prompting.tokenised(tokenizer, [t])[0][0, 0] for t in ("a dog", "a red barn", "", "a cat"))
+    one, red, none, cat = (
+        prompting.tokenised(tokenizer, [t])[0][0, 0] for t in ("a dog", "a red barn", "", "a cat")
+    )
     assert ids.shape == (3, 3, 77)
     for found, expected in zip(ids, ([one, red, none], [none, cat, none], [none, none, none]), strict=True):
         assert torch.equal(found, torch.stack(expected))

@@ -235,6 +235,10 @@ def drawing(base: Base) -> Drawing:
             name: gr.Button(f"{chosen.title} settings", size="sm", min_width=110)
             for name, chosen in presets.settings().items()
         }
+    words = " ".join(
+        f"{escape(chosen.title)}: {escape(chosen.description)}" for chosen in presets.settings().values()
+    )
+    markup(f"<p>{words}</p>", elem_id="settings-told")
     with gr.Row(elem_id="seeds-row"):
         seeds = gr.Textbox(
             "0, 1, 2, 3",

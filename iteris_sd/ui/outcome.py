@@ -120,7 +120,9 @@ def _compared() -> Compared:
 
 
 def _again() -> Again:
-    with gr.Accordion("Strength, and what is kept of each concept", open=False, visible=False) as box:
+    with gr.Accordion(
+        "Strength, and retention: what is kept of each concept", open=False, visible=False
+    ) as box:
         strength = gr.Slider(
             0,
             limits.MAX_STRENGTH,
@@ -153,7 +155,7 @@ def _taken() -> Taken:
             layout = gr.Dropdown(
                 [(_LAYOUTS[name], name) for name in export.LAYOUTS],
                 value=export.LAYOUTS[0],
-                label="For",
+                label="File layout",
                 min_width=120,
             )
             lora = gr.DownloadButton("Merged LoRA (zip)", size="sm", min_width=150, elem_id="lora-file")

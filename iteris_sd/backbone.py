@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from iteris_sd import bases, checkpoints, compiling, memory, prompting, sd15, weights
 from iteris_sd.errors import UserError
+from iteris_sd.formats.naming import canonical
 from iteris_sd.layers import added, check_fit, weight
 from iteris_sd.lora import LoRA, LowRank
 
@@ -33,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What the libraries raise for files that are.
 _BROKEN = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
 _LOADING = threading.Lock()  # so that two threads that want it load it once
-_TEXT_LAYOUT = "text_model."  # older transformers put this before every module name
+_loaded: dict[bases.Base, Backbone] = {}  # Storybook, which is small, and one other
 
 
 class Backbone:
@@ -55,14 +56,14 @@ class Backbone:
         self._clip_skip = 1
         self.layers: Mapping[str, nn.Module] = MappingProxyType(
             {
-                f"{component}.{name.removeprefix(_TEXT_LAYOUT)}": module
+                canonical(component, name): module
                 for component, root in (("unet", self.unet), ("text_encoder", self.text_encoder))
                 for name, module in root.named_modules()
                 if isinstance(module, nn.Linear | nn.Conv2d)
             }
         )
-        stays = not hasattr(self.unet, "_hf_hook")  # what waits elsewhere cannot be compiled
-        self._compiled = compiling.Compiled(self.unet, self.layers) if compiling.wanted() and stays else None
+        compiled = compiling.wanted() and not memory.waits(self.unet)  # what waits cannot be compiled
+        self._compiled = compiling.Compiled(self.unet, self.layers) if compiled else None
 
     def predict(self, latents: Tensor, time: Tensor, states: Tensor) -> Tensor:
         """The U-Net's prediction (n, c, h, w) for drawing, compiled where that is wanted."""
@@ -255,29 +256,40 @@ def fetch(name: str) -> Generator[tuple[int, int], None, None]:
 def load(name: str = "storybook") -> Backbone:
     """The base model called `name`, loaded once per process, on a GPU if there is one.
 
-    Raises UserError when there is no such model, or its weights are not here (`fetch` gets them).
+    Beside Storybook one is kept, and let go before the next is loaded; whoever still uses it keeps it. Raises
+    UserError when there is no such model, or its weights are not here (`fetch` gets them).
     """
+    base = bases.find(name)
     with _LOADING:
-        return _loaded(bases.find(name))
+        if base not in _loaded:
+            _loaded[base] = _opened(base)
+        return _loaded[base]
 
 
-@lru_cache(maxsize=2)  # the built-in model, which is small, and one other
-def _loaded(base: bases.Base) -> Backbone:
+def _opened(base: bases.Base) -> Backbone:
     place = weights.located(base)
     if place is None or not (place.is_file() or (place / weights.INDEX).is_file()):
         raise UserError(_absent(base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(base, device)
+    _make_room(base)
     try:
         with _quietly():
             pipeline = _single_file(place, dtype) if place.is_file() else _folder(place, dtype)
             _check_whole(pipeline)
     except _BROKEN as error:
         raise UserError(f"The weights of {base.title} at {place} cannot be loaded: {error}") from error
-    memory.placed(pipeline, device)
+    memory.place(pipeline, device)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return Backbone(base, pipeline)
+
+
+def _make_room(base: bases.Base) -> None:
+    """Let go of the model whose place another takes, so that the memory it held counts as free."""
+    for other in [kept for kept in _loaded if "storybook" not in (base.name, kept.name)]:
+        del _loaded[other]
+        memory.tidy()
 
 
 def _dtype(base: bases.Base, device: torch.device) -> torch.dtype:
@@ -372,7 +384,7 @@ def _quietly() -> Iterator[None]:
 
 def forget() -> None:
     """Let loaded models go."""
-    _loaded.cache_clear()
+    _loaded.clear()
     skeleton.cache_clear()
 
 

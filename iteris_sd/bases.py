@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from iteris_sd.errors import UserError
 
@@ -43,6 +44,11 @@ class Base:
     architecture: str
     prediction: str
     kohya_version: str
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How it draws where nothing is said, as values of a recipe."""
+        return {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
 
 
 BASES: dict[str, Base] = {

@@ -48,7 +48,7 @@ def keep(
     if exported:
         concept = adding.unpack(kept, exported[0], most)
         try:
-            return kept.add_tokens(concept.name, tokens) if tokens else concept
+            return kept.edit(concept.name, tokens=tokens) if tokens else concept
         except UserError:
             kept.remove(concept.name)
             raise

@@ -13,15 +13,16 @@ forward with the last result and a solve of all layers, micro-batch after micro-
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from iteris_sd import layers, limits
 from iteris_sd.capture import Capture, MicroBatch, Part, Samples, Site
 from iteris_sd.errors import UserError
+from iteris_sd.generators import finish
 from iteris_sd.lora import LoRA, LowRank, inner, working_dtype
 from iteris_sd.merging import registry
 from iteris_sd.merging.moments import Moments
@@ -42,8 +43,6 @@ __all__ = [
     "measure",
     "merge",
 ]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,15 +118,16 @@ def merge(
     method: str,
     parameters: Mapping[str, Any] | None = None,
 ) -> Generator[Progress, None, Merged]:
-    """Merge ``loras`` into one by ``method``; yield progress before each pass, return the result.
+    """Merge ``loras`` into one by ``method``; yield progress, return the result.
 
     ``modules``: layer name -> the bare linear or convolutional layer of the base model, in eval mode and with no LoRA
     in it; every layer that a LoRA touches must be there. ``samples`` may be None for data-free methods. A layer with
     one participant keeps its LoRA, times ``registry.Method.alone``. Factors come back in the LoRAs' dtype, float32 at
     least.
 
-    Between two yields runs no more than one micro-batch's way from one layer to the next. A sweep runs the model in
-    threads of its own, one at a time; ``torch.autocast`` is off while samples run, whatever the caller has set.
+    Between two yields runs no more than one micro-batch's way from one layer to the next, or one layer's solve. A sweep
+    runs the model in threads of its own, one at a time; ``torch.autocast`` is off while samples run, whatever the
+    caller has set.
 
     Raises UserError when a LoRA fits no layer, a parameter is wrong, the samples miss a layer, or a system is
     singular or not finite (naming the layer). The model is left as it was, also then.
@@ -141,7 +141,9 @@ def merge(
     outcomes, passes, frontier = kept, 0, Frontier()
     changes: list[Change] = []
     if chosen.needs == "none":
-        outcomes |= {name: solve(name, None) for name in problem.contested}
+        for k, name in enumerate(problem.order):
+            yield Progress("merging layers", k, len(problem.order))
+            outcomes[name] = solve(name, None)
     elif problem.contested:
         iterations = settings.get("iterations") if chosen.needs == "merged" else 0
         if iterations is None:
@@ -178,8 +180,8 @@ def measuring(
     """How well ``merged``, made by whatever method, serves every layer of several LoRAs: no solve.
 
     Layers are measured in groups whose moments fit into ``most_bytes``, a pass for each; yields after every
-    micro-batch. Weights are those of eq. 8, so that methods can be compared. Moments are in the inputs' own dtype,
-    float32 at least: nothing is solved here that would need more. Raises UserError as ``merge`` does.
+    micro-batch. Weights are those of eq. 8, so that methods can be compared. Products are made in the inputs' own
+    dtype, float32 at least: nothing is solved here that would need more. Raises UserError as ``merge`` does.
     """
     problem = _Problem(modules, Shares(loras), samples, len(loras), exact=False)
     groups, reports = _groups(problem, most_bytes), dict[str, LayerReport]()
@@ -200,27 +202,21 @@ def measure(
 
 
 def _groups(problem: "_Problem", most_bytes: int) -> list[frozenset[str]]:
-    """The contested layers in order, in groups whose moments take at most so many bytes, as if they shared none."""
+    """The contested layers in order, in groups whose moments take at most so many bytes, as if they shared none.
+
+    A number takes twelve bytes: it is kept in float64, and in float32 what is being added to it.
+    """
     groups: list[list[str]] = []
     room = 0
-    for name in (name for name in problem.participants if name in problem.contested):
+    for name in problem.order:
         width, who = problem.adapters(name)[0].shape[1], problem.participants[name]
-        size = 3 * len(who) * width**2 * 4
+        size = 3 * len(who) * width**2 * 12
         if not groups or size > room:
             groups.append([])
             room = most_bytes
         groups[-1].append(name)
         room -= size
     return [frozenset(group) for group in groups]
-
-
-def finish(work: Generator[Any, None, T]) -> T:
-    """Run a generator to its end, dropping what it yields, and return its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +270,11 @@ class _Problem:
         """The layers to solve."""
         return self.shares.contested
 
+    @cached_property
+    def order(self) -> list[str]:
+        """The layers to solve, as the LoRAs name them."""
+        return [name for name in self.participants if name in self.contested]
+
     def given_samples(self) -> Samples:
         """The samples; ValueError when there are none."""
         if self.samples is None or not all(self.samples.rows):
@@ -292,9 +293,9 @@ class _Problem:
             self.modules,
             self.loras,
             self.contested if wanted is None else wanted,
+            self.given_samples(),
             merged,
             arrive,
-            self.given_samples(),
             frontier,
             self.exact,
         )
@@ -410,7 +411,7 @@ def _sweep(
             work[batch].pause()
 
     capture = problem.capture(merged, arrive, frontier)
-    work = {batch: Pausable(partial(capture.run, samples, batch)) for batch in batches}
+    work = {batch: Pausable(partial(capture.run, batch)) for batch in batches}
     total = len(problem.contested)
     try:
         with capture.hooked():
@@ -435,7 +436,7 @@ def _iterate(
 ) -> Generator[Progress, None, tuple[dict[str, _Outcome], list[Change]]]:
     """Algorithm 1 as printed: a first solve with X̃ = X, then at most ``iterations`` refinements; what each changed.
 
-    Ends early once no layer's ΔW changes by more than ``tolerance`` of itself.
+    Ends early once every layer's ΔW changes by less than ``tolerance`` of itself.
     """
     merged = {name: outcome.adapter for name, outcome in kept.items()}
     outcomes: dict[str, _Outcome] = {}
@@ -443,7 +444,10 @@ def _iterate(
     for k in range(iterations + 1):
         progress = Progress(f"refinement {k} of {iterations}" if k else "first solve", k, iterations + 1)
         sites = yield from _gathered(problem, merged if k else None, progress)
-        solved = {name: solve(name, site) for name, site in sites.items()}
+        solved: dict[str, _Outcome] = {}
+        for name, site in sites.items():
+            yield progress
+            solved[name] = solve(name, site)
         if k:
             solved = {name: outcome.after(outcomes[name]) for name, outcome in solved.items()}
             apart = [outcome.report.change or 0.0 for outcome in solved.values()]
@@ -463,13 +467,11 @@ def _gathered(
 ) -> Generator[Progress, None, Mapping[str, Site]]:
     """The site of every contested layer, or of those ``wanted``, all samples in it; X̃ = X where ``merged`` is None."""
     wanted = problem.contested if wanted is None else wanted
-    capture, samples = problem.capture(merged, wanted=wanted), problem.given_samples()
-    yield progress
+    capture = problem.capture(merged, wanted=wanted)
     with capture.hooked():
-        for batch in samples.batches()[:-1]:
-            capture.run(samples, batch)
+        for batch in problem.given_samples().batches():
             yield progress
-        capture.run(samples, samples.batches()[-1])
+            capture.run(batch)
     _require_all(problem, capture.sites, wanted)
     return capture.sites
 

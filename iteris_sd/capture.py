@@ -136,22 +136,22 @@ class Capture:
         modules: Mapping[str, nn.Module],
         loras: Sequence[Mapping[str, LowRank]],
         wanted: frozenset[str],
+        samples: Samples,
         merged: Mapping[str, LowRank] | None,
         arrive: Arrive | None = None,
-        samples: Samples | None = None,
         frontier: Frontier | None = None,
         exact: bool = True,
     ) -> None:
         self._modules, self._loras, self._wanted = modules, loras, wanted
-        self._merged, self._arrive, self._samples = merged, arrive, samples
+        self._samples, self._merged, self._arrive = samples, merged, arrive
         self._frontier, self._exact = frontier, exact
         self._here = local()  # each micro-batch may run in a thread of its own
         self._placed: MutableMapping[LowRank, LowRank] = WeakKeyDictionary()  # adapters where their layer is
         # While layers are solved as their inputs arrive, a site lives as long as the tensors it is made of.
         self.sites: MutableMapping[str, Site] = {} if arrive is None else WeakValueDictionary()
 
-    def run(self, samples: Samples, batch: MicroBatch) -> None:
-        """Run a micro-batch through the model."""
+    def run(self, batch: MicroBatch) -> None:
+        """Run a micro-batch of the samples through the model."""
         self._here.batch, self._here.muted = batch, nullcontext
         part = (batch.concept, batch.part)
         with ExitStack() as stack:
@@ -160,7 +160,7 @@ class Capture:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             if self._frontier is not None:
                 self._here.muted = stack.enter_context(self._frontier.watched(batch)).muted
-            unread = samples.feed([part] if self._merged is None else [part, part])
+            unread = self._samples.feed([part] if self._merged is None else [part, part])
             for name, x in (unread or {}).items():
                 self._meet(name, x, batch)
 
@@ -210,8 +210,6 @@ class Capture:
 
     def _chosen(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """The inputs of a micro-batch's samples that are looked at, of x (rows, …, in)."""
-        if self._samples is None:
-            return x
         if self._samples.kept is not None:
             return x[self._samples.kept[batch.concept][batch.part].to(x.device)]
         return _thinned(x, self._samples.positions)
@@ -237,7 +235,7 @@ class Capture:
             looked_at = layers.rows(layer, x)
             X = self._chosen(looked_at[: batch.size], batch)
             X_merged = None if self._merged is None else self._chosen(looked_at[batch.size :], batch)
-            last = self._samples is not None and batch.part.stop == self._samples.rows[batch.concept]
+            last = batch.part.stop == self._samples.rows[batch.concept]
             site.add(batch, X, X_merged, last)
             batch.saw(x, layer, site)
         elif known is not site:

@@ -22,7 +22,8 @@ from iteris_sd.columns import (
 )
 from iteris_sd.concepts import Library, Loaded
 from iteris_sd.errors import UserError
-from iteris_sd.events import Composition, Event, Picture, Preview, Progress, relayed
+from iteris_sd.events import Composition, Event, Picture, Preview, Progress
+from iteris_sd.generators import relayed
 from iteris_sd.merger import all_tokens, begun, merged_by_all
 from iteris_sd.recipe import Recipe, title
 

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from iteris_sd import hub
-from iteris_sd.calibration import finish
 from iteris_sd.errors import UserError
+from iteris_sd.generators import finish
 
 if TYPE_CHECKING:
     from transformers import ViTImageProcessor, ViTModel

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The page and the terminal show the message as it is, without a traceback.
     """
+
+
+class MemoryShort(UserError):
+    """Memory does not suffice for what was asked, also bit by bit."""

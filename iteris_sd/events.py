@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from iteris_sd.errors import UserError
+from iteris_sd.generators import relayed
 from iteris_sd.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from iteris_sd.concepts import Loaded
     from iteris_sd.scoring import Score
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -117,18 +117,6 @@ def downloading(work: Generator[tuple[int, int], None, T], what: str) -> Generat
         return Progress(stage, done // 1000, max(1, total // 1000))
 
     return relayed(work, told)
-
-
-def relayed(work: Generator[S, None, T], told: Callable[[S], Progress]) -> Generator[Progress, None, T]:
-    """Pass on the steps of an inner generator, each `told` as progress, and return its result."""
-    with closing(work):
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
-            yield told(step)
 
 
 # ---------------------------------------------------------------- to another process

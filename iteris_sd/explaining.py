@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iteris_sd import diagnostics, limits
-from iteris_sd.errors import UserError
+from iteris_sd.errors import MemoryShort
 from iteris_sd.events import Event, MergeDone, Progress
 from iteris_sd.merging import registry
 from iteris_sd.recipe import Recipe, title
@@ -163,9 +163,7 @@ def explain(recipe: Recipe, library: Library, iterations: int = 8) -> Generator[
     changes: tuple[Change, ...] = ()
     if calibration.contested(loras, "iteris", own):
         work = merger.merge_all(printed, library)
-        with suppress(
-            UserError
-        ):  # it holds all moments at once, which memory may not suffice for; the sweep has run
+        with suppress(MemoryShort):  # it holds all moments at once; the sweep, which does not, has run
             _, again = yield from clock.timed(work, printed, f", {iterations} iterations")
             changes = again["iteris"].changes
     shares = Shares(loras)

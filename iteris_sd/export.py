@@ -221,7 +221,7 @@ def scores(composition: Composition) -> dict[str, Any]:
     `scorer` is the name of the one that compared with the text; `encoders` are those that compared with reference
     pictures. Plain values for JSON.
     """
-    from iteris_sd import scoring
+    from iteris_sd import intervals, scoring
 
     pictures = composition.pictures
     return {
@@ -229,8 +229,8 @@ def scores(composition: Composition) -> dict[str, Any]:
         "encoders": scoring.encoders(composition.scorer, pictures),
         "base": bases.called(composition.recipe.base),
         "seconds": dict(composition.seconds),
-        "summary": [asdict(row) for row in scoring.summarise(pictures)],
-        "paired": [asdict(row) for row in scoring.paired(pictures, scoring.BASELINE)],
+        "summary": [asdict(row) for row in intervals.summarise(pictures)],
+        "paired": [asdict(row) for row in intervals.paired(pictures, intervals.BASELINE)],
         "pictures": [{"file": picture_name(p), **_facts(p)} for p in pictures],
         "retained": [{"file": picture_name(p), **_facts(p)} for p in composition.retained],
     }

@@ -144,17 +144,6 @@ class Kept:
             patiently(lambda: (draft / "concept.json").replace(place))
         return self._one(name)
 
-    def set_references(self, name: str, paths: Sequence[Path]) -> Concept:
-        """Put these pictures in place of a concept's. Raises UserError when one cannot be opened; none changes then."""
-        return self.edit(name, references=paths)
-
-    def add_tokens(self, name: str, paths: Sequence[Path]) -> Concept:
-        """Add files of learned tokens to a concept, each in the place of one of the same token.
-
-        Raises UserError when one cannot be read or does not fit, or there would be too many; none is added then.
-        """
-        return self.edit(name, tokens=paths)
-
     def remove(self, name: str) -> None:
         """Remove a concept, or a broken folder. Raises UserError when there is none, or it cannot be removed."""
         if name not in self.broken:

@@ -33,8 +33,7 @@ def geometry(layer: nn.Module) -> Hashable:
 
 
 def applied(layer: nn.Module, adapter: LowRank, x: Tensor) -> Tensor:
-    """What an adapter adds to a layer's output for its input x."""
-    adapter = adapter.to(x.device, x.dtype)
+    """What an adapter, on the device and in the dtype of a layer's input x, adds to its output."""
     if not isinstance(layer, nn.Conv2d):
         return adapter.apply(x)
     down = adapter.down.unflatten(1, (layer.in_channels, *layer.kernel_size))

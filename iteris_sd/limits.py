@@ -7,6 +7,7 @@ MAX_FILE_BYTES = (
 MAX_HEADER_BYTES = 16 * 1024**2  # a header of 10,000 tensors takes 2 MB; more is a corrupt length field
 MAX_TENSORS = 20_000  # SD v1.5 has about 400 adaptable layers, three tensors each
 MAX_RANK = 1024  # above it the "low rank" factors outweigh the SD v1.5 layers that they adapt
+MAX_UNFOLDED = 2**28  # numbers that a file's Tucker cores stand for: all convolutions of SD v1.5 at rank 512
 MAX_WIDTH = 65_536  # no text-to-image layer is wider; keeps a forged shape from asking for all memory
 MAX_EMBEDDING_BYTES = 16 * 1024**2  # 64 vectors of 2048 numbers in float64 take 1 MB
 MAX_TOKEN_VECTORS = 64  # the text encoder sees 77 positions
@@ -17,9 +18,13 @@ MAX_TOKEN_CHARS = 128  # a learned token is one word of a prompt
 # The page
 MAX_WAITING = 32  # requests in the queue; more would wait longer than anybody does
 GRACE_SECONDS = 10  # that a page may be without a connection before its work is stopped and its files go
-MAX_VISITS = 256  # open at once; each has files
+MAX_VISITS = 256  # open at once; each may have files
+FAIR_IDLE_SECONDS = 1800  # of a visit that has concepts or pictures: before that no newcomer takes its place
+MAX_SESSIONS = 512  # whose widgets Gradio remembers, half a megabyte each: all visits, and some that ended
+MAX_REQUEST_BYTES = 128 * 1024  # but for uploads: a form takes 1 kB, forty files with the longest names 70
 MAX_CALLS = 8  # of programs at once, so that pages are not kept waiting by them alone
 MAX_KEPT_CALLS = 8  # of one program: what came of earlier ones goes, fetched or not
+MAX_PACKED_LORAS = 8  # zips of one composition: one for each method; the oldest goes, and is packed anew if wanted
 MAX_IDLE_SECONDS = (
     6 * 3600
 )  # of a visit whose page was not seen to close, as programs' never are; then its files go
@@ -27,6 +32,7 @@ MAX_PUBLIC_PICTURES = 32  # of one composition on a public page: minutes of a sh
 MAX_PUBLIC_STEPS = 50  # denoising steps there
 MAX_PUBLIC_WORK = 400  # steps of all pictures there, counted at 512 px: 16 pictures, minutes of two cores
 MAX_PUBLIC_PASSES = 4000  # of calibration samples there, likewise: six concepts with the usual 50 each
+MAX_PUBLIC_AT_ONCE = 4  # compositions and the like there, from one address: four people behind one router
 MAX_GPU_SECONDS = 120  # of a lent GPU that one composition may ask for; strangers are lent as much in a day
 
 # Base models
@@ -36,7 +42,7 @@ MAX_CHECKPOINT_BYTES = 16 * 1024**3  # SD v1.5 with its EMA in fp32 is 8 GB
 MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper caps at 20
 MAX_REMEMBERED_BYTES = 1024**3  # merges and samples kept for the next time: a few large ones, many small ones
 MAX_FRONTIER_BYTES = 4 * 1024**3  # what waiting micro-batches may hold in memory; the rest goes to disk
-MAX_MOMENT_BYTES = 2 * 1024**3  # of layers measured in one pass; SD v1.5 whole would take ten times as much
+MAX_MOMENT_BYTES = 4 * 1024**3  # of layers measured in one pass; SD v1.5 whole would take fifteen times as much
 MAX_COEFFICIENT = 1e3  # a larger ratio silences the other concepts altogether
 
 ROUGH_ALPHA = 1e-5  # from here on a regularisation is a hundred times the rounding of a float32 Gram matrix
@@ -82,6 +88,8 @@ MAX_PHOTOS = 100  # of one concept; a handful is usual, and all are held in memo
 # History
 MAX_HISTORY = 200  # compositions that are kept; nobody scrolls through more
 MAX_HISTORY_BYTES = 2 * 1024**3  # two hundred compositions of a dozen pictures of 512 px
+MAX_PUBLIC_HISTORY = 20  # compositions of a visitor of a public page, which go with the visit
+MAX_PUBLIC_HISTORY_BYTES = 128 * 1024**2  # of those: ten of the largest that are drawn there, at 512 px
 MAX_UNFINISHED_SECONDS = 3600  # copying a composition takes seconds; what is older was left by a crash
 MAX_ENTRY_BYTES = 64 * 1024  # entry.json is a few lines, and the names of 64 pictures
 MAX_SCORES_BYTES = 4 * 1024**2  # 64 pictures with the longest prompts take half a megabyte
@@ -109,3 +117,6 @@ MAX_PUBLIC_BYTES_IN_ALL = 16 * 1024**3  # of all visitors; a free Space has 50 G
 MAX_PUBLIC_UPLOAD_SECONDS = (
     3600  # that Gradio keeps a file there which was uploaded or handed out for download
 )
+MIN_PUBLIC_FREE_BYTES = 2 * 1024**3  # of a disk there, below which nothing is uploaded: pictures need some
+MAX_UPLOAD_BYTES = 3 * 1024**3  # of one upload on one's own page: the largest LoRA, and forty files of tokens
+MAX_STRAY_SECONDS = 3600  # that nothing came of an upload in part; it was left by a crash or a refusal

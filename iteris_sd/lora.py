@@ -82,7 +82,7 @@ class LowRank:
         return LowRank(like.down[:0], like.up[:, :0])
 
     def delta(self) -> Tensor:
-        """ΔW itself, (out, in); for tests and tools, the merging never forms it."""
+        """ΔW itself, (out, in), which takes far more memory than its factors."""
         return self.up @ self.down
 
     def apply(self, x: Tensor) -> Tensor:
@@ -108,6 +108,10 @@ class LowRank:
         if dtype == torch.float16 != self.up.dtype:
             self = self.balanced()
         return LowRank(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype))
+
+    def wide(self) -> "LowRank":
+        """The same adapter in float64; on the CPU where the device has none."""
+        return LowRank(wide(self.down), wide(self.up))
 
     def balanced(self) -> "LowRank":
         """The same ΔW with factors of about one size in the root mean square; as it is where one of them is zero."""
@@ -135,11 +139,14 @@ def inner(a: LowRank, b: LowRank, M: Tensor | None = None) -> Tensor:
     With ``a is b`` and M = XᵀX this is ‖X ΔWᵀ‖²_F; without M it is the Frobenius inner product.
     """
     device = a.down.device if M is None else M.device
-    if device.type == "mps":  # it has no float64
-        device = torch.device("cpu")
-    a, b = a.to(device, torch.float64), b.to(device, torch.float64)
-    left = a.down if M is None else a.down @ M.double()
+    a, b = a.to(device).wide(), b.to(device).wide()
+    left = a.down if M is None else a.down @ wide(M)
     return ((left @ b.down.T) * (a.up.T @ b.up)).sum()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float64; on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @dataclass(frozen=True, eq=False)

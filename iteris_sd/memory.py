@@ -47,12 +47,12 @@ def size(pipeline: StableDiffusionPipeline) -> int:
     return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 
-def placed(pipeline: StableDiffusionPipeline, device: torch.device) -> Plan:
+def place(pipeline: StableDiffusionPipeline, device: torch.device) -> None:
     """Put a pipeline on a device, as its free memory allows; main memory is taken as it is."""
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cuda":
         pipeline.to(device)
-        return Plan()
+        return
     chosen = plan(free(device), size(pipeline))
     if chosen.pieces:
         pipeline.vae.enable_tiling()
@@ -62,7 +62,11 @@ def placed(pipeline: StableDiffusionPipeline, device: torch.device) -> Plan:
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
-    return chosen
+
+
+def waits(part: nn.Module) -> bool:
+    """Whether a part of a model waits in main memory and comes to the device when it is needed."""
+    return hasattr(part, "_hf_hook")
 
 
 @contextmanager
@@ -72,7 +76,7 @@ def kept_together(pipeline: StableDiffusionPipeline) -> Iterator[None]:
     A merge has samples waiting in both. Only the two do not drive each other out; another part still does.
     """
     parts = (pipeline.text_encoder, pipeline.unet)
-    hooks = [part._hf_hook for part in parts if hasattr(part, "_hf_hook")]
+    hooks = [part._hf_hook for part in parts if waits(part)]
     before = [hook.prev_module_hook for hook in hooks]
     try:
         for hook in hooks:
@@ -98,7 +102,7 @@ def enlarged(unet: nn.Module) -> int:
     More at once would not be drawn faster: so many rows keep a large GPU busy.
     """
     weight = next(unet.parameters())
-    if weight.device.type != "cuda" or hasattr(unet, "_hf_hook"):
+    if weight.device.type != "cuda" or waits(unet):
         return 1
     return min(4, 1 + max(0, free(weight.device) - WORK) // (MORE * weight.element_size() // 2))
 

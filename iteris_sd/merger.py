@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from iteris_sd import bases, limits
 from iteris_sd.columns import weighted
 from iteris_sd.concepts import Library, Loaded, check_together
-from iteris_sd.errors import UserError
-from iteris_sd.events import Event, MergeDone, Progress, downloading, relayed
+from iteris_sd.errors import MemoryShort, UserError
+from iteris_sd.events import Event, MergeDone, Progress, downloading
+from iteris_sd.generators import relayed
 from iteris_sd.layers import check_fit
 from iteris_sd.recipe import MethodUse, Recipe, title
 from iteris_sd.remembering import Shelf, bytes_of, key_of_merge, key_of_samples
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from iteris_sd.backbone import Backbone
-    from iteris_sd.calibration import Merged
+    from iteris_sd.calibration import LayerReport, Merged
     from iteris_sd.lora import LoRA
     from iteris_sd.samples import Inputs
 
@@ -91,26 +92,39 @@ def merged_by_all(
 ) -> Generator[Event, None, dict[str, Merged]]:
     """Merge by every method of the recipe, as far as it is not remembered. Tokens must be known already."""
     keys = {use.name: key_of_merge(backbone, recipe, picked, use, measured) for use in recipe.merging}
-    known = {name: merged for name, key in keys.items() if (merged := _MERGES.get(key)) is not None}
+    known = {name: found for name, key in keys.items() if (found := _MERGES.get(key)) is not None}
     wanted = _solved_for([use for use in recipe.merging if use.name not in known], recipe, picked, measured)
     inputs = (yield from collect(backbone, recipe, picked, wanted)) if wanted else None
     results: dict[str, Merged] = {}
     for method in recipe.merging:
         since = time.perf_counter()
-        remembered = method.name in known
-        if remembered:
-            merged = known[method.name]
-        else:
-            yield Progress(f"Merging by {title(method.name)}", 0, 1)
-            merged = yield from merge(backbone, recipe, picked, method, inputs)
-            _remember(key_of_merge(backbone, recipe, picked, method, measured=False), merged)
+        merged = known.get(method.name)
+        if merged is None:
+            merged = yield from _merged(backbone, recipe, picked, method, inputs)
             if measured and inputs is not None:
                 merged = yield from _measured(backbone, recipe, picked, merged, inputs)
                 _remember(keys[method.name], merged)
         results[method.name] = merged
         seconds = time.perf_counter() - since
-        yield MergeDone(method.name, merged, tuple(picked), seconds, remembered, keys[method.name])
+        yield MergeDone(method.name, merged, tuple(picked), seconds, method.name in known, keys[method.name])
     return results
+
+
+def _merged(
+    backbone: Backbone,
+    recipe: Recipe,
+    picked: Sequence[Loaded],
+    method: MethodUse,
+    inputs: Sequence[Inputs] | None,
+) -> Generator[Progress, None, Merged]:
+    """A merge that nobody has measured yet, unless it is remembered."""
+    key = key_of_merge(backbone, recipe, picked, method, measured=False)
+    found = _MERGES.get(key)
+    if found is None:
+        yield Progress(f"Merging by {title(method.name)}", 0, 1)
+        found = yield from merge(backbone, recipe, picked, method, inputs)
+        _remember(key, found)
+    return found
 
 
 def keep(done: MergeDone) -> None:
@@ -141,7 +155,7 @@ def merge(
         fed = None
         if wanted and registry.find(method.name).needs == "words":
             fed = samples.of_words(backbone, picked, wanted, parts)
-        elif inputs is not None:
+        elif wanted and inputs is not None:
             seen = recipe.calibration.tokens_per_sample
             fed = samples.for_merging(backbone, inputs, wanted, seen, parts)
         work = calibration.merge(backbone.layers, loras, fed, method.name, method.parameters)
@@ -182,7 +196,7 @@ def _sampled(
     stage, total = f"Sampling inputs of {one.concept.title}", recipe.calibration.samples
     yield Progress(stage, 0, total)
 
-    def attempt(parts: int) -> Any:
+    def attempt(parts: int) -> Generator[Progress, None, Inputs]:
         work = samples.gather(backbone, one, lora, recipe, text_only=text_only, parts=parts)
         return relayed(work, lambda done: Progress(stage, done, total))
 
@@ -204,7 +218,7 @@ def _within_memory(
                 raise
         forget()
         memory.tidy()
-    raise UserError(
+    raise MemoryShort(
         f"Memory ran out while {doing}. Look at fewer tokens per sample, take fewer samples, or merge fewer concepts."
     )
 
@@ -219,7 +233,7 @@ def _measured(
     doing = f"Measuring {title(merged.method)}"
     yield Progress(doing, 0, 1)
 
-    def attempt(parts: int) -> Any:
+    def attempt(parts: int) -> Generator[Progress, None, tuple[LayerReport, ...]]:
         fed = samples.for_merging(backbone, inputs, Shares(loras).contested, seen, parts)
         work = calibration.measuring(backbone.layers, loras, merged.lora, fed)
         return relayed(work, lambda step: Progress(f"{doing}: {step.stage}", step.step, step.steps))

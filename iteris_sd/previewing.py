@@ -48,7 +48,7 @@ class Previewer:
             return ()
 
     def _seen(self, latents: Tensor) -> tuple[Image.Image, ...]:
-        waits = hasattr(self._backbone.vae, "_hf_hook")  # in main memory, while the U-Net is on the GPU
+        waits = memory.waits(self._backbone.vae)  # in main memory, while the U-Net is on the GPU
         on_gpu = self._backbone.device.type != "cpu" and not waits
         if on_gpu or latents.shape[-2:].numel() <= _CHEAP:
             return tuple(_small(drawn.image) for drawn in rendering.decode(self._backbone, latents))

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from iteris_sd import __version__
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from iteris_sd.recipe import MethodUse, Recipe
 
 T = TypeVar("T")
+_CONTENTS: WeakKeyDictionary[Loaded, list[Any]] = WeakKeyDictionary()  # hashing a large LoRA takes a second
 
 
 class Shelf(Generic[T]):
@@ -66,7 +68,7 @@ def key_of_samples(
     Also the tokens of all concepts, in order: samples are ids of tokens, and an id counts the tokens learned before;
     and a trigger may hold another concept's.
     """
-    words = [(token, _bytes(vectors)) for one in picked for token, vectors in one.tokens.items()]
+    words = [_content(one)[1] for one in picked]
     seen = [_model(backbone), _concept(recipe, place, picked[place]), words, _calibration(recipe), text_only]
     return _digest("samples", seen)
 
@@ -94,11 +96,18 @@ def _model(backbone: Backbone) -> list[str]:
 
 
 def _concept(recipe: Recipe, place: int, one: Loaded) -> list[Any]:
-    # Of what was read, since a file's settings may stand in another.
-    layers = {name: [_bytes(factor) for factor in (a.down, a.up)] for name, a in one.lora.items()}
-    tokens = {token: _bytes(vectors) for token, vectors in one.tokens.items()}
     use = recipe.concepts[place].model_dump(exclude={"name"})
-    return [layers, tokens, one.concept.trigger, one.concept.class_noun, use]
+    return [*_content(one), one.concept.trigger, one.concept.class_noun, use]
+
+
+def _content(one: Loaded) -> list[Any]:
+    """The SHA-256 of each factor and token, of what was read, since a file's settings may stand in another."""
+    found = _CONTENTS.get(one)
+    if found is None:
+        layers = {name: [_bytes(factor) for factor in (a.down, a.up)] for name, a in one.lora.items()}
+        tokens = [[token, _bytes(vectors)] for token, vectors in one.tokens.items()]
+        found = _CONTENTS[one] = [layers, tokens]
+    return found
 
 
 def _calibration(recipe: Recipe) -> dict[str, Any]:
@@ -108,8 +117,9 @@ def _calibration(recipe: Recipe) -> dict[str, Any]:
 def _bytes(tensor: Tensor) -> str:
     import torch
 
-    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(what: str, seen: Sequence[Any] | Mapping[str, Any]) -> str:

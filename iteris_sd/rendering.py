@@ -9,7 +9,6 @@ rounding if others are asked for.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from inspect import signature
 
@@ -29,6 +28,7 @@ from torch import Tensor
 from iteris_sd import memory
 from iteris_sd.backbone import Backbone
 from iteris_sd.errors import UserError
+from iteris_sd.generators import relayed
 from iteris_sd.lora import LoRA
 
 SAMPLERS: dict[str, type[SchedulerMixin]] = {
@@ -197,14 +197,7 @@ def render_columns(
 
 def _later(work: Generator[Step, None, list[Drawn]], first: int) -> Generator[Step, None, list[Drawn]]:
     """The same work as a part of a larger one, which so many pictures come before in."""
-    with closing(work):
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as stop:
-                made: list[Drawn] = stop.value
-                return made
-            yield replace(step, first=first + step.first)
+    return relayed(work, lambda step: replace(step, first=first + step.first))
 
 
 @torch.no_grad()

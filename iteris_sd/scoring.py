@@ -1,4 +1,4 @@
-"""CLIP text and image alignment of pictures, by open_clip, and their summary by method.
+"""CLIP text and image alignment of pictures, by open_clip.
 
 Text alignment is `2.5 · max(cos, 0)` (arXiv 2104.08718, eq. 1); the raw cosine stands beside it.  Image alignment
 is the mean cosine between a picture and a concept's reference pictures: one number per concept, and the minimum
@@ -10,7 +10,6 @@ is measured by it, too.
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from open_clip.model import CLIP
 
 TEXT_FACTOR = 2.5
-INTERVAL = "95 % interval of the mean (Student's t over pictures)"
-BASELINE = "linear"  # what other methods are compared with: the plain average
 _BATCH = 16  # pictures or texts at once: ViT-L/14 fits in two gigabytes
 _ROOM = 2 * 1024**3  # bytes that it then takes of a GPU
 
@@ -242,7 +239,6 @@ def windows(picture: Image.Image, count: int = len(WINDOWS)) -> list[Image.Image
 
 def _cosines(seen: Tensor, references: Tensor) -> Tensor:
     """The mean cosine of each of (…, d) embeddings with (n, d) references: (…)."""
-    # The mean of cosines is the cosine with the mean, which is not normalised again.
     return (seen @ references.T).mean(dim=-1)
 
 
@@ -340,75 +336,6 @@ class Scored(Protocol):
         """The score of the picture."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measure of one method: its mean over `n` pictures and the 95 % interval of it, None for one picture.
-
-    `measure` is one of `measures`.
-    """
-
-    method: str
-    measure: str
-    n: int
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def summarise(pictures: Iterable[Scored]) -> list[Row]:
-    """Mean, n and interval of every measure by method, in the order in which the methods come.
-
-    The interval is `INTERVAL`: it takes the pictures as independent, and says nothing of other prompts or concepts.
-    """
-    values: dict[tuple[str, str], list[float]] = {}
-    for picture in pictures:
-        for measure, value in measures(picture.score).items():
-            values.setdefault((picture.method, measure), []).append(value)
-    methods = dict.fromkeys(method for method, _ in values)
-    return [
-        Row(method, measure, len(own), *mean_and_interval(own))
-        for method in methods
-        for (of, measure), own in values.items()
-        if of == method
-    ]
-
-
-@dataclass(frozen=True)
-class Paired:
-    """What `method` has more than `to` of one measure: the mean over `n` seeds of their differences on the same seed.
-
-    `low`, `high`: its 95 % interval, None for one seed.
-    """
-
-    method: str
-    to: str
-    measure: str
-    n: int
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def paired(pictures: Iterable[Scored], to: str) -> list[Paired]:
-    """How every method differs from `to` in every measure, on the seeds that both have; in the methods' order.
-
-    What a seed does to all methods alike drops out here, while it widens the intervals of `summarise`. Of each method
-    and seed there is one picture; those without a score do not count. Empty when there are none of `to`.
-    """
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for picture in pictures:
-        found.setdefault(picture.method, {})[picture.seed] = measures(picture.score)
-    theirs = found.pop(to, {})
-    rows = []
-    for method, own in found.items():
-        differences: dict[str, list[float]] = {}
-        for seed in (seed for seed in own if seed in theirs):
-            for measure in (measure for measure in own[seed] if measure in theirs[seed]):
-                differences.setdefault(measure, []).append(own[seed][measure] - theirs[seed][measure])
-        rows += [Paired(method, to, m, len(of), *mean_and_interval(of)) for m, of in differences.items()]
-    return rows
-
-
 def measures(score: Score) -> dict[str, float]:
     """The numbers of a score by name, always in this order; what is None is left out.
 
@@ -433,37 +360,3 @@ def encoders(scorer: str, pictures: Iterable[Scored]) -> list[str]:
     scores = [picture.score for picture in pictures]
     by_clip = [scorer] if any(score.images for score in scores) else []
     return by_clip + ([dinos.TITLE] if any(score.dino for score in scores) else [])
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean and the ends of its 95 % t interval; no interval for one value. Raises ValueError for none."""
-    n = len(values)
-    if n == 0:
-        raise ValueError("no values to take a mean of")
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, None, None
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    reach = t_quantile(n - 1) * deviation / math.sqrt(n)
-    return mean, mean - reach, mean + reach
-
-
-_NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
-_FEW = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 2e-5: a table to ten degrees of freedom, then a series.
-
-    The series is Cornish and Fisher's (Abramowitz and Stegun, 26.7.5).
-    """
-    if freedom <= len(_FEW):
-        return _FEW[freedom - 1]
-    z, v = _NORMAL, float(freedom)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / v**k for k, term in enumerate(terms, start=1))

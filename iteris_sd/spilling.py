@@ -6,6 +6,7 @@ of work has made. When the pieces together hold more than a bound, the one that 
 to a file and freed; the tensors stay, empty, and are filled again by the first operation that touches them.
 """
 
+import os
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from iteris_sd import limits, memory
+from iteris_sd.errors import UserError
 
 SMALL = 64 * 1024  # bytes; what is smaller stays in memory, since a file has its price, too
 
@@ -43,6 +45,12 @@ def bound(device: torch.device) -> int:
     if device.type != "cuda":
         return limits.MAX_FRONTIER_BYTES
     return memory.free(device) // 2
+
+
+def _folder() -> str | None:
+    """Where large files may lie for a while: /tmp is memory itself on many a Linux. None: where the system says."""
+    told = any(name in os.environ for name in ("TMPDIR", "TEMP", "TMP"))
+    return None if told or not os.access("/var/tmp", os.W_OK) else "/var/tmp"
 
 
 class Frontier:
@@ -126,19 +134,31 @@ class Frontier:
         """Write memory to the file and free it; returns the number of bytes."""
         before = self.spilled
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="iteris-")  # noqa: SIM115 - lives as long as this object
+            self._file = tempfile.TemporaryFile(prefix="iteris-", dir=_folder())  # noqa: SIM115 - lives with this object
         for storage in storages:
             size = storage.nbytes()
             unused = self._free.get(size)
             offset = unused.pop() if unused else self._end
             self._end = max(self._end, offset + size)
-            self._file.seek(offset)
-            # A copy: memory that numpy has seen cannot be freed any more.
-            self._file.write(_bytes(storage).to("cpu", copy=True).numpy().data)
+            self._write(storage, offset)
             self._away[storage._cdata] = _Away(StorageWeakRef(storage), offset, size)
             self.spilled += size
             storage.resize_(0)
         return self.spilled - before
+
+    def _write(self, storage: torch.UntypedStorage, offset: int) -> None:
+        """Raises UserError where the disk has no room."""
+        assert self._file is not None
+        try:
+            self._file.seek(offset)
+            # A copy: memory that numpy has seen cannot be freed any more.
+            self._file.write(_bytes(storage).to("cpu", copy=True).numpy().data)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"What waits in a sweep does not fit in memory, and could not be put on the disk either "
+                f"({error.strerror or error}); make room there, take fewer samples, or merge fewer concepts."
+            ) from error
 
     def _fill(self, storage: torch.UntypedStorage, away: _Away) -> None:
         assert self._file is not None

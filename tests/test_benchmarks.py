@@ -145,6 +145,12 @@ def test_figures_are_means_over_pairs_and_differences_are_taken_picture_by_pictu
     assert (alone.low, alone.more) == (None, None)
 
 
+def test_pairs_are_drawn_as_suits_the_base_model() -> None:
+    job = composing.Job(("a", "b"), ("base", "linear"), base="sd15", prompts=1)
+    (recipe,) = composing._recipes(job, ("a", "b"))
+    assert (recipe.sampler, recipe.steps, recipe.guidance) == ("dpm++", 25, 7.5)
+
+
 def test_every_pair_is_composed_in_prompts_and_seeds_of_its_own(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,7 +250,7 @@ def test_tokens_of_one_file_name_are_all_kept(kept: Kept, desk: Path) -> None:
     }
     names = [path.name.lower() for path in concept.embeddings]
     assert len(set(names)) == 3  # also where a disk does not tell capitals apart
-    after = kept.add_tokens(concept.name, [learned("<two>", 4), desk / "fluffy.safetensors"]).load().tokens
+    after = kept.edit(concept.name, tokens=[learned("<two>", 4), desk / "fluffy.safetensors"]).load().tokens
     assert {token: v[0, 0].item() for token, v in after.items()} == {
         "<one>": 1,
         "<two>": 4,
@@ -283,7 +283,7 @@ def test_what_is_wrong_with_a_token_is_told_wherever_it_is_brought(
     with pytest.raises(UserError, match=message):
         bringing.keep(kept, [desk / "dog.safetensors", bad])
     with pytest.raises(UserError, match=message):
-        kept.add_tokens(concept.name, [bad])
+        kept.edit(concept.name, tokens=[bad])
     alone = message if "cannot be used" in message else "bad.safetensors holds learned tokens and no LoRA"
     with pytest.raises(UserError, match=alone):
         bringing.keep(kept, [bad])
@@ -347,11 +347,11 @@ def test_a_lora_of_a_narrow_model_is_no_token(tmp_path: Path) -> None:
 
 def test_tokens_are_added_to_a_concept_later(kept: Kept, desk: Path) -> None:
     concept = bringing.keep(kept, [desk / "dog.safetensors"])
-    kept.add_tokens(concept.name, [desk / "rex.safetensors"])
-    after = kept.add_tokens(concept.name, [desk / "fluffy.safetensors"])
+    kept.edit(concept.name, tokens=[desk / "rex.safetensors"])
+    after = kept.edit(concept.name, tokens=[desk / "fluffy.safetensors"])
     assert after.load().tokens.keys() == {"<rex>", "fluffy"}
     formats.write_embedding(desk / "rex.safetensors", "<rex>", torch.zeros(1, 768))
-    tokens = kept.add_tokens(concept.name, [desk / "rex.safetensors"]).load().tokens
+    tokens = kept.edit(concept.name, tokens=[desk / "rex.safetensors"]).load().tokens
     assert tokens.keys() == {"<rex>", "fluffy"} and not tokens["<rex>"].any()
 
 
@@ -360,11 +360,11 @@ def test_tokens_that_are_none_or_too_many_are_not_added(
 ) -> None:
     concept = bringing.keep(kept, [desk / "dog.safetensors"], tokens=[desk / "rex.safetensors"])
     with pytest.raises(UserError, match="cat.safetensors cannot be used"):
-        kept.add_tokens(concept.name, [desk / "fluffy.safetensors", desk / "cat.safetensors"])
+        kept.edit(concept.name, tokens=[desk / "fluffy.safetensors", desk / "cat.safetensors"])
     monkeypatch.setattr(limits, "MAX_EMBEDDINGS", 1)
     with pytest.raises(UserError, match="dog-2 has 2 learned tokens; at most 1 are kept: leave some out"):
-        kept.add_tokens(concept.name, [desk / "fluffy.safetensors"])
+        kept.edit(concept.name, tokens=[desk / "fluffy.safetensors"])
     with pytest.raises(UserError, match="There is no concept 'wolf'"):
-        kept.add_tokens("wolf", [desk / "fluffy.safetensors"])
+        kept.edit("wolf", tokens=[desk / "fluffy.safetensors"])
     assert kept.library().find("dog-2").load().tokens.keys() == {"<rex>"}
     assert [place.name for place in kept.folder.iterdir()] == ["dog-2"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iteris_sd import backbone as backbones
-from iteris_sd import bases, checkpoints, hub, rendering, sd15, weights
+from iteris_sd import bases, checkpoints, hub, memory, rendering, sd15, weights
 from iteris_sd.backbone import Backbone
 from iteris_sd.calibration import finish
 from iteris_sd.errors import UserError
@@ -123,6 +125,38 @@ def test_a_file_draws_what_the_folder_draws(
         assert torch.allclose(made[0].latents, made[1].latents, rtol=1e-3, atol=1e-2), sampler
         assert np.abs(np.subtract(*(np.asarray(m.image, dtype=int) for m in made))).max() <= 1, sampler
         assert float(made[0].latents.abs().max()) > 1  # a sampler that bounds them would be seen
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_large_model_is_let_go_before_the_next_is_loaded(
+    used: bool, toy: Path, published: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever still uses it keeps it; the built-in one stays, since it is small."""
+    small, first = backbones.load("storybook"), loaded(published)
+    states = first.encode(["a dog"])
+    kept, gone = (first if used else None), weakref.ref(first)
+    del first
+    there: list[bool] = []
+    place = memory.place
+
+    def told(*args: Any) -> None:
+        there.append(gone() is not None)
+        place(*args)
+
+    monkeypatch.setattr(memory, "place", told)
+    second = loaded(folder)
+    assert there == [used] and backbones.load("storybook") is small and loaded(folder) is second
+    if kept is not None:
+        assert torch.equal(kept.encode(["a dog"]), states)
+
+
+def test_a_model_that_is_not_there_takes_no_other_s_place(toy: Path, published: Path, folder: Path) -> None:
+    first = loaded(published)
+    name = checkpoints.opened(str(folder)).name
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no longer at"):
+        backbones.load(name)
+    assert loaded(published) is first
 
 
 def test_the_settings_of_a_file_s_scheduler_are_those_that_were_published(tmp_path: Path) -> None:

@@ -115,6 +115,15 @@ def test_block_weights_scale_layers_and_leave_out_what_is_zero(backbone: Backbon
     assert list(other) == list(picked[1].lora)
 
 
+def test_where_a_method_of_words_has_no_layer_to_solve_it_averages(backbone: Backbone) -> None:
+    """Beside another method, whose samples of every concept lack the captions of nobody's."""
+    text = {"text_encoder": 1.0, "down": 0.0, "mid": 0.0, "up": 0.0}
+    concepts = [{"name": name, "blocks": text} for name in ("dog", "barn")]
+    made = composed(recipe("iteris", "custom_diffusion", concepts=concepts))
+    assert {report.method for report in made.merged["custom_diffusion"].reports} == {"linear"}
+    assert {report.method for report in made.merged["iteris"].reports} == {"iteris"}
+
+
 def test_blocks_by_name() -> None:
     assert lora.block("text_encoder.encoder.layers.0.self_attn.q_proj") == "text_encoder"
     assert lora.block("unet.down_blocks.0.attentions.0.proj_in") == "down"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iteris_sd import bases, calibration, columns, composer, merger, samples, scoring
+from iteris_sd import bases, calibration, columns, composer, intervals, merger, samples, scoring
 from iteris_sd.backbone import Backbone
 from iteris_sd.calibration import Merged
 from iteris_sd.concepts import Library
@@ -176,13 +176,13 @@ def test_a_blanked_picture_is_flagged_and_not_scored(
     blanked, fine = made.pictures
     assert blanked.flagged and blanked.score == scoring.UNSCORED
     assert not fine.flagged and fine.score.text is not None
-    assert {row.n for row in scoring.summarise(made.pictures)} == {1}
+    assert {row.n for row in intervals.summarise(made.pictures)} == {1}
 
 
 def test_pictures_are_drawn_without_a_scorer(backbone: Backbone) -> None:
     made = calibration.finish(composer.compose(asked(scorer="none"), Library.shipped()))
     assert made.pictures[0].score == scoring.UNSCORED and made.scorer.startswith("nobody")
-    assert scoring.summarise(made.pictures) == []
+    assert intervals.summarise(made.pictures) == []
 
 
 def test_a_scorer_that_cannot_be_downloaded_leaves_pictures_unscored(

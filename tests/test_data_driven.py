@@ -15,6 +15,7 @@ from iteris_sd.calibration import Merged, Part, Samples, contested, finish, merg
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.merging import METHODS, iteris, rank_space, regmean, regmean_pp, ssr
 from iteris_sd.merging.moments import Moments
+from iteris_sd.merging.solving import regularised_sum
 from iteris_sd.samples import _stops
 from tests.reference import layer_inputs, patched
 from tests.toys import Batch, Toy, attention_stack, distance, problem, random_adapter, text_encoder, worst
@@ -149,7 +150,7 @@ def test_custom_diffusion_is_its_constrained_least_squares(ranks, seed) -> None:
     others = torch.randn(40, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     C = torch.cat(layer.X)
     V = torch.cat([x @ dW.T for x, dW in zip(layer.X, layer.deltas, strict=True)]).T
-    G = iteris.regularised_sum([(1.0, others.T @ others)], 1e-6)
+    G = regularised_sum([(1.0, others.T @ others)], 1e-6)
     d = C @ torch.linalg.inv(G)
     wanted = V @ torch.linalg.inv(d @ C.T) @ d
     found = METHODS["custom_diffusion"].solve(

@@ -305,6 +305,33 @@ def test_a_tucker_core_makes_the_same_convolution(tmp_path: Path) -> None:
     torch.testing.assert_close(made, wanted)
 
 
+def test_small_tucker_cores_do_not_unfold_to_all_memory(tmp_path: Path) -> None:
+    shapes = {"lora_down": (1, 65_536, 1, 1), "lora_mid": (1024, 1, 1, 1), "lora_up": (1, 1024, 1, 1)}
+    tensors = {
+        f"lora_unet_up_blocks_{block}_resnets_{number}_conv1.{key}.weight": torch.zeros(shape).half()
+        for block in range(2)
+        for number in range(3)
+        for key, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "some.safetensors")
+    assert (tmp_path / "some.safetensors").stat().st_size < 1024**2
+    with pytest.raises(UserError, match="unfold to 402,653,184 numbers, and at most 268,435,456 are read"):
+        formats.read(tmp_path / "some.safetensors")
+
+
+@pytest.mark.parametrize("wide", ["lora_down", "lora_mid", "lora_up"])
+def test_factors_of_several_types_come_in_the_widest(tmp_path: Path, wide: str) -> None:
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    shapes = {"lora_down": (2, 4, 1, 1), "lora_mid": (3, 2, 3, 3), "lora_up": (6, 3, 1, 1)}
+    dtypes = dict.fromkeys(shapes, torch.float16) | {wide: torch.float64}
+    save_file(
+        {f"{stem}.{key}.weight": torch.ones(shape, dtype=dtypes[key]) for key, shape in shapes.items()},
+        tmp_path / "some.safetensors",
+    )
+    adapter = formats.read(tmp_path / "some.safetensors").lora[CONV]
+    assert torch.equal(adapter.delta(), torch.full((6, 36), 6.0, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(("kernel", "fits"), [((1, 1), True), ((3, 3), False)])
 def test_factors_of_one_pixel_and_of_none_are_one(
     tmp_path: Path, kernel: tuple[int, int], fits: bool

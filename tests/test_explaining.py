@@ -15,14 +15,14 @@ from PIL import Image
 
 from iteris_sd import calibration, diagnostics, explaining, limits, merger
 from iteris_sd.backbone import Backbone
-from iteris_sd.calibration import LayerReport, Merged
+from iteris_sd.calibration import LayerReport, Merged, finish
 from iteris_sd.concepts import Library
-from iteris_sd.errors import UserError
+from iteris_sd.errors import MemoryShort, UserError
 from iteris_sd.events import MergeDone, Progress
 from iteris_sd.explaining import Explanation
 from iteris_sd.lora import LoRA
 from iteris_sd.merging import METHODS
-from iteris_sd.recipe import Recipe
+from iteris_sd.recipe import MethodUse, Recipe
 from tests import toybook
 from tests.toys import attention_stack, problem, text_encoder
 
@@ -229,6 +229,31 @@ def test_it_can_be_shown_as_plain_values(backbone: Backbone) -> None:
     assert told["methods"] == {"iteris": "IterIS", "regmean": "RegMean", "linear": "Linear"}
     assert [one["method"] for one in told["served"]] == list(told["methods"])
     assert sum(one["layers"] for one in told["touched"]) == 2 * found.layers
+
+
+def test_what_was_merged_for_a_composition_is_only_measured(backbone: Backbone) -> None:
+    finish(merger.merge_all(asked(), Library.shipped()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merger, "merge", lambda *_: pytest.fail("it is merged already"))
+        _, found = finish(merger.merge_all(asked(), Library.shipped(), measured=True))
+    assert all(report.residual is not None for one in found.values() for report in one.reports)
+
+
+def test_only_want_of_memory_is_passed_over(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    merging = merger.merge
+
+    def failing(error: type[UserError]) -> explaining.Explanation:
+        def merge(backbone: Backbone, recipe: Recipe, picked: Any, method: MethodUse, inputs: Any) -> Any:
+            if "iterations" in method.parameters:
+                raise error("There is something.")
+            return merging(backbone, recipe, picked, method, inputs)
+
+        monkeypatch.setattr(merger, "merge", merge)
+        return finish(explaining.explain(asked(), Library.shipped(), 2))
+
+    assert failing(MemoryShort).changes == ()
+    with pytest.raises(UserError, match="There is something"):
+        failing(UserError)
 
 
 def test_stopping_anywhere_leaves_no_trace(backbone: Backbone) -> None:

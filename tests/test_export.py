@@ -19,14 +19,15 @@ from iteris_sd import (
     __version__,
     bases,
     calibration,
-    cli,
     columns,
     composer,
     export,
     formats,
+    intervals,
     restoring,
     scoring,
 )
+from iteris_sd.cli import printing
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.events import Composition, MergeDone, Picture
@@ -325,14 +326,14 @@ def test_the_terminal_shows_means_and_differences(
     composition: Composition, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def printed(pictures: tuple[Picture, ...]) -> str:
-        cli._print_scores(replace(composition, pictures=pictures))
+        printing.scores(replace(composition, pictures=pictures))
         return capsys.readouterr().out
 
     monkeypatch.setenv("COLUMNS", "200")
     means, differences = printed(composition.pictures).split("by toy scorer.")
     (row,) = (
         r
-        for r in scoring.paired(composition.pictures, "linear")
+        for r in intervals.paired(composition.pictures, "linear")
         if (r.method, r.measure) == ("iteris", "image:dog")
     )
     assert row.high is not None and f"{row.mean:+.3f} ±{row.high - row.mean:.3f}" in differences

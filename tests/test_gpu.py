@@ -66,7 +66,7 @@ def thin(device: torch.device) -> Backbone:
     pipeline = sd15.random_pipeline(**THIN)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().to(torch.float16)
-    memory.placed(pipeline, device)
+    memory.place(pipeline, device)
     return Backbone(bases.find("sd15"), pipeline)
 
 
@@ -245,7 +245,7 @@ def test_merging_goes_on_where_parts_of_the_model_wait(parameters: dict, toy: Pa
     backbones.forget()
     with simulated_gpu.installed(GB // 4):
         (found,) = finish(merger.merge_all(recipe, Library.shipped()))[1].values()
-        assert hasattr(backbones.load("storybook").unet, "_hf_hook")  # by which it comes and goes
+        assert memory.waits(backbones.load("storybook").unet)
         backbones.forget()
     assert worst(found.lora, wanted.lora) < CLOSE
 

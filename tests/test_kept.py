@@ -258,7 +258,7 @@ def test_bad_pictures_are_told_and_nothing_is_kept(
     assert left(kept) == []
     before = kept.add(file, references=[photo(tmp_path / "y.png")])
     with pytest.raises(UserError, match=message):
-        kept.set_references("fox", make(tmp_path))
+        kept.edit("fox", references=make(tmp_path))
     assert left(kept) == ["fox"] and kept.library().find("fox") == before and len(before.pictures()) == 1
 
 
@@ -273,12 +273,12 @@ def test_a_picture_of_too_many_pixels_is_told(
 
 def test_pictures_are_replaced_by_others_or_by_themselves(kept: Kept, dog: Path, tmp_path: Path) -> None:
     first, second = kept.add(dog).references
-    changed = kept.set_references("dog-2", [second, first, photo(tmp_path / "a.png")])
+    changed = kept.edit("dog-2", references=[second, first, photo(tmp_path / "a.png")])
     assert [p.getpixel((0, 0)) for p in changed.pictures()] == [(250, 128, 114), (0, 128, 128), (0, 128, 128)]
-    assert kept.set_references("dog-2", []).references == ()
-    assert len(kept.set_references("dog-2", read_concept(dog).references).references) == 2
+    assert kept.edit("dog-2", references=[]).references == ()
+    assert len(kept.edit("dog-2", references=read_concept(dog).references).references) == 2
     with pytest.raises(UserError, match="dog comes with this project"):
-        kept.set_references("dog", [])
+        kept.edit("dog", references=[])
     assert left(kept) == ["dog-2"]
 
 
@@ -465,7 +465,7 @@ def test_pictures_change_whole_or_not_at_all(
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(UserError, match="No space left"):
-        kept.set_references("dog-2", [photo(tmp_path / "a.png")])
+        kept.edit("dog-2", references=[photo(tmp_path / "a.png")])
     assert kept.library().find("dog-2") == before and len(before.pictures()) == 2
 
 
@@ -491,7 +491,7 @@ def test_tokens_of_another_width_are_not_kept(kept: Kept, dog: Path, tmp_path: P
     formats.write_embedding(tmp_path / "wide.safetensors", "<wide>", torch.ones(1, 768))
     told = "The token '<wide>' is 768 wide, and Storybook takes tokens of 16; it is for another model"
     with pytest.raises(UserError, match=told):
-        kept.add_tokens("dog-2", [tmp_path / "wide.safetensors"])
+        kept.edit("dog-2", tokens=[tmp_path / "wide.safetensors"])
     with pytest.raises(UserError, match=told):
         kept.add(dog, tokens=[tmp_path / "wide.safetensors"])
     assert kept.library().find("dog-2") == before and left(kept) == ["dog-2"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from iteris_sd import bases, cli
-from iteris_sd.cli import app
+from iteris_sd import bases
+from iteris_sd.cli import app, asking
 from iteris_sd.errors import UserError
 from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
@@ -40,7 +40,7 @@ def test_a_base_that_is_given_takes_the_place_of_the_recipe_s(
     mine: Path, tmp_path: Path, stored: Any
 ) -> None:
     path = recipe_of(tmp_path, stored)
-    assert cli._told(path, str(mine)).base == str(mine)
+    assert asking.told(path, str(mine)).base == str(mine)
     words = ("compose", "--recipe", str(path), "--base", str(mine), "--output", str(tmp_path / "out"))
     result = CliRunner().invoke(app, list(words))
     assert result.exit_code == 2 and result.stderr.startswith("There is no concept 'wolf'")
@@ -50,12 +50,12 @@ def test_a_recipe_s_base_that_is_not_there_is_asked_for(mine: Path, tmp_path: Pa
     with pytest.raises(
         UserError, match="There is no base model 'gone.safetensors'.* say --base and that path"
     ):
-        cli._told(recipe_of(tmp_path, "gone.safetensors"), None)
-    assert cli._told(recipe_of(tmp_path, str(mine)), None).base == str(mine)
+        asking.told(recipe_of(tmp_path, "gone.safetensors"), None)
+    assert asking.told(recipe_of(tmp_path, str(mine)), None).base == str(mine)
     with pytest.raises(
         UserError, match=r"^There is no base model 'sdxl'; choose one of [^.]*v1-5[^>]*noVAE\.$"
     ):
-        cli._told(recipe_of(tmp_path, str(mine)), "sdxl")
+        asking.told(recipe_of(tmp_path, str(mine)), "sdxl")
 
 
 @pytest.mark.parametrize("name", ["mine", "/home/me/mine"])

@@ -551,13 +551,21 @@ def test_without_a_sweep_the_model_may_run_several_times(toy: Toy) -> None:
         finish(merge(toy.modules, loras, twice, "iteris"))
 
 
-def test_progress_comes_between_passes_and_stopping_leaves_the_model_clean(toy: Toy) -> None:
+def test_progress_comes_with_each_micro_batch_and_layer_and_stopping_leaves_the_model_clean(toy: Toy) -> None:
     loras, batches = problem(toy, (2, 3))
     work = merge(toy.modules, loras, toy.samples(batches), "iteris", {"iterations": 3})
-    first = [next(work) for _ in range(4)]
-    assert [(p.step, p.steps) for p in first] == [(0, 4), (0, 4), (1, 4), (1, 4)]
+    each = 2 + len(toy.modules)
+    told = [next(work) for _ in range(2 * each)]
+    assert [(p.step, p.steps) for p in told] == [(0, 4)] * each + [(1, 4)] * each
     work.close()
     assert not any(module._forward_hooks for module in toy.modules.values())
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "svd"])
+def test_without_samples_progress_comes_with_each_layer(toy: Toy, method: str) -> None:
+    loras, _ = problem(toy, (2, 3))
+    told = [(p.step, p.steps) for p in merge(toy.modules, loras, None, method)]
+    assert told == [(k, len(toy.modules)) for k in range(len(toy.modules))]
 
 
 def test_a_sweep_can_be_stopped_anywhere_and_leaves_neither_hooks_nor_threads(toy: Toy) -> None:

@@ -12,6 +12,8 @@ import pytest
 from gradio_client import Client
 
 from iteris_sd import bases
+from iteris_sd.errors import UserError
+from iteris_sd.ui import api
 from tests.browser import ROOT, running
 
 pytestmark = pytest.mark.skipif(
@@ -19,6 +21,14 @@ pytestmark = pytest.mark.skipif(
     reason="the shipped concepts are not there",
 )
 LITTLE = {"methods": ["linear"], "steps": 2, "samples": 2}
+
+
+def test_what_a_call_leaves_out_is_as_suits_its_base_model() -> None:
+    given = {"sampler": None, "steps": 7, "guidance": None}
+    assert api._drawing("sd15", given) == {"sampler": "dpm++", "steps": 7, "guidance": 7.5}
+    assert api._drawing("storybook", {}) == bases.find("storybook").drawing
+    with pytest.raises(UserError, match="5"):
+        api._drawing(5, {})
 
 
 def test_compose_and_merge_are_tools_of_a_language_model(tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 """What paused work holds is counted, and lies on disk above a bound, with nothing changed."""
 
+import errno
 import gc
+import io
+import os
+import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ from torch import Tensor
 
 from iteris_sd import limits, spilling
 from iteris_sd.calibration import finish, merge
+from iteris_sd.errors import UserError
 from iteris_sd.lora import LoRA
 from iteris_sd.pausing import Pausable
 from iteris_sd.spilling import Frontier
@@ -132,6 +138,32 @@ def test_an_error_does_not_hold_what_the_work_held() -> None:
         assert gone[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    frontier = Frontier(most=0)
+    with (
+        pytest.raises(UserError, match="put on the disk either .No space left on device.; make room"),
+        frontier.watched("a"),
+    ):
+        x = torch.ones(100_000)
+        frontier.paused("a")
+    assert x.sum() == 100_000
+    frontier.close()
+
+
+@pytest.mark.skipif(not os.access("/var/tmp", os.W_OK), reason="there is no /var/tmp here")
+def test_the_file_is_no_memory_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    assert spilling._folder() == "/var/tmp"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert spilling._folder() is None
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -255,6 +255,14 @@ def test_photos_are_read_upright_and_cut_square(pipeline: StableDiffusionPipelin
         read_photos(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("kind", ["EPS", "BMP"])
+def test_what_is_called_a_photo_and_is_none_reaches_no_other_decoder(kind: str, tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript."""
+    photos()[0].save(tmp_path / "photo.png", kind)
+    with pytest.raises(UserError, match=r"photo\.png is no picture that can be opened"):
+        read_photos(tmp_path)
+
+
 def test_what_does_not_fit_is_refused_at_the_first_step(pipeline: StableDiffusionPipeline) -> None:
     def refused(message: str, run: Generator[Progress, None, Trained]) -> None:
         with pytest.raises(UserError, match=message):

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from iteris_sd import bases, composer, limits, presets, scoring
+from iteris_sd import bases, composer, intervals, limits, presets, scoring
 from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.events import Event, Progress
 from iteris_sd.recipe import BASE_COLUMN, Recipe, title
 
-TO = "linear"
+TO = intervals.BASELINE
 MEASURES = {"text": "text", "minimum": "least image", "crop_minimum": "least part"}
 
 
@@ -119,6 +119,7 @@ def _recipes(job: Job, pair: tuple[str, str]) -> Iterator[Recipe]:
                 "methods": [{"name": name} for name in methods],
                 "seeds": list(range(first, first + job.seeds)),
                 "base": job.base,
+                **bases.find(job.base).drawing,
             }
         )
 
@@ -146,7 +147,7 @@ def figures(found: Iterable[Shot]) -> list[Figure]:
 
 
 def _over_pairs(values: Mapping[Any, Sequence[float]]) -> tuple[float, float | None, float | None]:
-    return scoring.mean_and_interval([sum(several) / len(several) for several in values.values()])
+    return intervals.mean_and_interval([sum(several) / len(several) for several in values.values()])
 
 
 def write_csv(found: Iterable[Shot], path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from iteris_sd import sd15
 from iteris_sd.calibration import Part, Samples
+from iteris_sd.formats.naming import canonical
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.samples import micro_batch
 
@@ -73,14 +74,12 @@ def build(size: Size) -> Problem:
     """The problem of this size; the same at each call."""
     torch.manual_seed(0)
     text = _text_encoder(size)
-    modules = {f"text_encoder.{n}": m for n, m in _layers(text, ("q_proj", "k_proj", "v_proj", "out_proj"))}
+    modules = _layers("text_encoder", text, ("q_proj", "k_proj", "v_proj", "out_proj"))
     kv = _cross_attention(size) if size.scope == "text" else {}
     unet = _unet(size) if size.scope == "everything" else None
     if unet is not None:
-        unet_layers = _layers(
-            unet, ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "proj_in", "proj_out")
-        )
-        modules |= {f"unet.{n}": m for n, m in unet_layers}
+        ends = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "proj_in", "proj_out")
+        modules |= _layers("unet", unet, ends)
     modules |= kv
     loras = [random_lora(modules, size.rank, seed=n) for n in range(size.concepts)]
 
@@ -124,12 +123,13 @@ def _unet(size: Size) -> UNet2DConditionModel:
     return unet.to(size.device).requires_grad_(False).eval()
 
 
-def _layers(model: nn.Module, endings: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The linear layers whose names end in one of these."""
-    found = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(tuple(endings))
-    ]
-    return [(name.removeprefix("text_model."), module) for name, module in found]
+def _layers(component: str, model: nn.Module, ends: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The linear layers whose names end in one of these, by their canonical names."""
+    return {
+        canonical(component, path): module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path.endswith(ends)
+    }
 
 
 def random_lora(modules: Mapping[str, nn.Module], rank: int, seed: int) -> LoRA:

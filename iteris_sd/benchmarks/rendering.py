@@ -23,7 +23,7 @@ from iteris_sd import bases, formats, memory, rendering, sd15
 from iteris_sd.backbone import Backbone
 from iteris_sd.benchmarks import measuring
 from iteris_sd.benchmarks.problems import random_lora
-from iteris_sd.calibration import finish
+from iteris_sd.generators import finish
 from iteris_sd.lora import LoRA
 
 PROMPT, NEGATIVE = "a dog next to a red barn on the beach", "blurry"
@@ -72,7 +72,7 @@ def run(job: Job, build: Callable[[], StableDiffusionPipeline] = sd15.random_pip
     pipeline = build()
     if job.device == "cuda":
         pipeline.to(torch.float16)
-    memory.placed(pipeline, torch.device(job.device))
+    memory.place(pipeline, torch.device(job.device))
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     backbone = Backbone(bases.BASES["sd15"], pipeline)
     settings = rendering.Settings("dpm++", job.steps, 7.5, job.size)

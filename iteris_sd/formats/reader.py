@@ -2,9 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import cast
 
@@ -146,6 +147,7 @@ def _layout(header: Header) -> Layout:
             header.check_type(key)
         if pair.alpha:
             header.check_type(pair.alpha, FLOATS + WHOLE)
+    _check_unfolded(layout.layers.values(), header.entries)
     for token, key in layout.tokens.items():
         tokens.check(token, key, header)
     widths = {name: header.entries[pair.down].shape[1] for name, pair in layout.layers.items()}
@@ -193,12 +195,25 @@ def _check_mid(name: str, mid: Sequence[int], down: Sequence[int], up: Sequence[
         )
 
 
+def _check_unfolded(pairs: Iterable[Pair], entries: Mapping[str, Entry]) -> None:
+    """Raise UserError where Tucker cores, which are small in a file, stand for more than memory should hold."""
+    cores = [(entries[pair.mid].shape, entries[pair.down].shape) for pair in pairs if pair.mid is not None]
+    numbers = sum(math.prod(mid) // mid[1] * down[1] for mid, down in cores)
+    if numbers > limits.MAX_UNFOLDED:
+        raise UserError(
+            f"its convolutions are products of three factors that unfold to {numbers:,} numbers, and at most "
+            f"{limits.MAX_UNFOLDED:,} are read; save it again with two factors each, or train it with a smaller rank."
+        )
+
+
 def _adapter(file: safe_open, name: str, pair: Pair, scale: Scale) -> LowRank:
     """A layer's adapter, scale applied. Raises UserError when its ΔW may be beyond float32."""
-    down, up = _tensor(file, pair.down), _tensor(file, pair.up).flatten(1)
-    if pair.mid is not None:
-        down = torch.einsum("srhw,rc->schw", _tensor(file, pair.mid), down.flatten(1))
-    adapter = LowRank(down.flatten(1), up)
+    factors = [_tensor(file, key) for key in (pair.down, pair.up, pair.mid) if key]
+    dtype = reduce(torch.promote_types, (factor.dtype for factor in factors))  # a file may mix them
+    down, up, *core = (factor.to(dtype) for factor in factors)
+    if core:
+        down = torch.einsum("srhw,rc->schw", *core, down.flatten(1))
+    adapter = LowRank(down.flatten(1), up.flatten(1))
     alpha = _tensor(file, pair.alpha).item() if pair.alpha else scale.alpha
     if alpha is not None:
         adapter = adapter.scaled(alpha / (adapter.rank**0.5 if scale.rank_stabilised else adapter.rank))

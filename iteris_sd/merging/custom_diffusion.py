@@ -19,9 +19,8 @@ from collections.abc import Sequence
 import torch
 
 from iteris_sd.lora import LowRank
-from iteris_sd.merging.iteris import regularised_sum
 from iteris_sd.merging.moments import Moments
-from iteris_sd.merging.solving import Solution, solve_terms
+from iteris_sd.merging.solving import Solution, regularised_sum, solve_terms
 
 RIDGE = 1e-6  # of G: captions are many and alike
 

@@ -55,9 +55,9 @@ class Decomposition:
 
 
 def widen(adapter: LowRank) -> LowRank:
-    """The adapter in float64; on the CPU where the device has no float64 (Apple's). Raises UserError if not finite."""
+    """The adapter in float64. Raises UserError when it is not finite."""
     check_finite([adapter])
-    return adapter.to("cpu" if adapter.down.device.type == "mps" else None, torch.float64)
+    return adapter.wide()
 
 
 def dense(adapter: LowRank) -> Tensor:

@@ -25,7 +25,14 @@ from torch import Tensor
 from iteris_sd.lora import LowRank
 from iteris_sd.merging.decomposing import Decomposition, cut
 from iteris_sd.merging.moments import Moments
-from iteris_sd.merging.solving import Solution, adaptive_weight, energies, size_over_energy, solve_terms
+from iteris_sd.merging.solving import (
+    Solution,
+    adaptive_weight,
+    energies,
+    regularised_sum,
+    size_over_energy,
+    solve_terms,
+)
 
 
 def solve(
@@ -113,15 +120,6 @@ def _absent_weight(adapters: Sequence[LowRank], m: Moments, base: Tensor | None)
     parts = [energies(adapter, m) for adapter in adapters]
     norm, energy, noise = (sum(one) for one in zip(*parts, strict=True))
     return norm / energy if energy > noise else 0.0
-
-
-def regularised_sum(terms: Sequence[tuple[float, Tensor]], alpha: float) -> Tensor:
-    """Σ λ_n (M_n + α‖M_n‖_F I), without forming the terms."""
-    total = torch.zeros_like(terms[0][1])
-    for weight, M in terms:
-        total.add_(M, alpha=weight)
-        total.diagonal().add_(weight * alpha * M.norm())
-    return total
 
 
 def _right(C: Tensor, alpha: float, down: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from iteris_sd.lora import wide
+
 BLOCK = 192  # columns at a time; wide enough for products at full speed on a CPU
 GPU_BLOCK = 768  # and on a GPU, which wants fewer and larger ones
 ROWS = 4096  # added up in float32 before they go into float64; rounding grows with their number
@@ -88,7 +90,7 @@ class Sums:
             X_merged = _rows(X_merged, self._exact)
             self._rough[1].addmm_(X_merged.T, X)
             _add_gram(self._rough[2], X_merged)
-            self._apart = self._apart + _wide((X_merged - X).square().sum(dim=0)).sum()
+            self._apart = self._apart + wide((X_merged - X).square().sum(dim=0)).sum()
         self._count += len(X)
         self._waiting += len(X)
         if self._waiting >= ROWS and not self._exact:
@@ -102,7 +104,7 @@ class Sums:
             for total, rough in zip(self._sums, self._rough, strict=True):
                 total += rough.to(total.device)
         else:
-            self._sums = [_wide(rough) for rough in self._rough]
+            self._sums = [wide(rough) for rough in self._rough]
         self._rough, self._waiting = [], 0
 
     def total(self) -> Moments:
@@ -137,9 +139,4 @@ def _block(G: Tensor) -> int:
 def _rows(x: Tensor, exact: bool) -> Tensor:
     """Inputs (…, in) as rows (m, in), in float64 or in their own dtype, float32 at least."""
     rows = x.detach().flatten(0, -2)
-    return _wide(rows) if exact else rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float64; on the CPU where the device has none (Apple's)."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return wide(rows) if exact else rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -36,7 +36,7 @@ def solve(
     """Merge the adapters of one layer by IterIS in rank space; exact, rank Σ r_n. Raises UserError as IterIS does."""
     Q = _rows(adapters).to(moments[0].own)
     found = iteris.solve(
-        [LowRank(a.down.to(Q) @ Q.T, a.up) for a in adapters],
+        [LowRank(a.down.to(Q) @ Q.T, a.up.to(Q)) for a in adapters],
         [_seen(m, Q) for m in moments],
         alpha=alpha,
         weights=weights,

@@ -102,7 +102,6 @@ class Method:
     description: str
     paper: str
     needs: Literal["none", "own", "merged", "words"]
-    module: str
     invariances: frozenset[str]
     parameters: tuple[Parameter, ...] = ()
     needs_base: bool = False
@@ -110,8 +109,9 @@ class Method:
 
     @property
     def solve(self) -> Callable[..., Any]:
-        """``solve(adapters, moments, **parameters) -> Solution``, loaded on first use."""
-        return import_module(self.module).solve
+        """``solve(adapters, moments, **parameters) -> Solution``, of the module called as the method, loaded on first
+        use."""
+        return import_module(f"{__package__}.{self.name}").solve
 
     def validate(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Every parameter of the method, defaults filled in. Raises UserError for bad names or values."""
@@ -262,7 +262,6 @@ _METHODS = (
         description="The plain average of the LoRAs' weight changes; needs no samples.",
         paper="Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482",
         needs="none",
-        module="iteris_sd.merging.linear",
         invariances=INVARIANCES,
     ),
     Method(
@@ -271,7 +270,6 @@ _METHODS = (
         description="The scaled sum of the LoRAs' weight changes; needs no samples.",
         paper="Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089",
         needs="none",
-        module="iteris_sd.merging.task_arithmetic",
         invariances=INVARIANCES - {"duplicate"},
         parameters=(
             _SCALE,
@@ -292,7 +290,6 @@ _METHODS = (
         description="The average of the LoRAs' weight changes with weights that sum to 1; needs no samples.",
         paper="Wu et al., Mixture of LoRA experts, ICLR 2024, arXiv 2404.13628",
         needs="none",
-        module="iteris_sd.merging.normalised",
         invariances=INVARIANCES,
         parameters=(
             Parameter(
@@ -314,7 +311,6 @@ _METHODS = (
         paper="Yadav et al., TIES-Merging: resolving interference when merging models, NeurIPS 2023, "
         "arXiv 2306.01708",
         needs="none",
-        module="iteris_sd.merging.ties",
         invariances=_ENTRYWISE,
         parameters=(_DENSITY, _MAJORITY_SIGN, _SCALE, _RANK),
     ),
@@ -324,7 +320,6 @@ _METHODS = (
         description="Drops entries of each LoRA at random, rescales the others, and averages.",
         paper="Yu et al., Language models are Super Mario, ICML 2024, arXiv 2311.03099",
         needs="none",
-        module="iteris_sd.merging.dare_linear",
         invariances=_ENTRYWISE,
         parameters=(_DROP_RATE, _SCALE, _SEED, _RANK),
     ),
@@ -334,7 +329,6 @@ _METHODS = (
         description="Drops entries of each LoRA at random, rescales the others, and merges them by TIES.",
         paper="Yu et al., Language models are Super Mario, ICML 2024, arXiv 2311.03099",
         needs="none",
-        module="iteris_sd.merging.dare_ties",
         invariances=_ENTRYWISE,
         parameters=(
             _DROP_RATE,
@@ -351,7 +345,6 @@ _METHODS = (
         description="Keeps each LoRA's largest entries, and averages.",
         paper="Han et al., Learning both weights and connections, NeurIPS 2015, arXiv 1506.02626",
         needs="none",
-        module="iteris_sd.merging.magnitude",
         invariances=_ENTRYWISE,
         parameters=(_DENSITY, _SCALE, _RANK),
     ),
@@ -361,7 +354,6 @@ _METHODS = (
         description="The average of the LoRAs' weight changes, cut to a small rank.",
         paper="Eckart and Young, The approximation of one matrix by another of lower rank, 1936",
         needs="none",
-        module="iteris_sd.merging.svd",
         invariances=INVARIANCES - {"duplicate"},
         parameters=(
             Parameter(
@@ -380,7 +372,6 @@ _METHODS = (
         description="Aligns the LoRAs in a shared basis by SVD, and merges their coordinates by TIES.",
         paper="Stoica et al., Model merging with SVD to tie the KnOTS, ICLR 2025, arXiv 2410.19735",
         needs="none",
-        module="iteris_sd.merging.knots",
         invariances=INVARIANCES - {"basis"},
         parameters=(
             _DENSITY,
@@ -402,7 +393,6 @@ _METHODS = (
         paper="Gargiulo et al., Task singular vectors: reducing task interference in model merging, CVPR 2025, "
         "arXiv 2412.00081",
         needs="none",
-        module="iteris_sd.merging.tsv",
         invariances=INVARIANCES - {"duplicate"},
         parameters=(
             Parameter(
@@ -424,7 +414,6 @@ _METHODS = (
         paper="Marczak et al., No task left behind: isotropic model merging with common and task-specific "
         "subspaces, ICML 2025, arXiv 2502.04959",
         needs="none",
-        module="iteris_sd.merging.iso_c",
         invariances=INVARIANCES - {"duplicate"},
         parameters=(_SCALE,),
     ),
@@ -434,7 +423,6 @@ _METHODS = (
         description="Matches each LoRA's outputs on its own inputs, solved once per layer.",
         paper="Jin et al., Dataless knowledge fusion by merging weights, ICLR 2023, arXiv 2212.09849",
         needs="own",
-        module="iteris_sd.merging.regmean",
         invariances=INVARIANCES - {"basis"},
         parameters=(_FACTOR,),
     ),
@@ -445,7 +433,6 @@ _METHODS = (
         paper="Nguyen et al., RegMean++: enhancing effectiveness and generalization of regression mean for model "
         "merging, TMLR 2026, arXiv 2508.03121",
         needs="merged",
-        module="iteris_sd.merging.regmean_pp",
         invariances=INVARIANCES - {"basis"},
         parameters=(_FACTOR, _ITERATIONS, _TOLERANCE),
     ),
@@ -456,7 +443,6 @@ _METHODS = (
         paper="Gu et al., Mix-of-Show: decentralized low-rank adaptation for multi-concept customization of diffusion "
         "models, NeurIPS 2023, arXiv 2305.18292",
         needs="own",
-        module="iteris_sd.merging.gradient_fusion",
         invariances=INVARIANCES,
         parameters=(
             Parameter(
@@ -475,7 +461,6 @@ _METHODS = (
         description="Cross-attention K and V do to each concept's own words what its LoRA does, and little to others.",
         paper="Kumari et al., Multi-concept customization of text-to-image diffusion, CVPR 2023, arXiv 2212.04488",
         needs="words",
-        module="iteris_sd.merging.custom_diffusion",
         invariances=INVARIANCES,
         parameters=(
             Parameter(
@@ -496,7 +481,6 @@ _METHODS = (
         paper="Wei et al., SSR-Merge: subspace signal routing for training-free LoRA merging in diffusion models, "
         "2026, arXiv 2606.10617",
         needs="own",
-        module="iteris_sd.merging.ssr",
         invariances=INVARIANCES,
         parameters=(_ALPHA,),
     ),
@@ -506,7 +490,6 @@ _METHODS = (
         description="IterIS within the space that the LoRAs' ranks span: a small system per layer.",
         paper="This project; after arXiv 2411.15231 and arXiv 2606.10617",
         needs="merged",
-        module="iteris_sd.merging.rank_space",
         invariances=INVARIANCES,
         parameters=(_ALPHA, _WEIGHTS, _COEFFICIENTS, _ITERATIONS, _TOLERANCE),
     ),
@@ -517,7 +500,6 @@ _METHODS = (
         paper="Chen et al., IterIS: iterative inference-solving alignment for LoRA merging, CVPR 2025, "
         "arXiv 2411.15231",
         needs="merged",
-        module="iteris_sd.merging.iteris",
         invariances=INVARIANCES,
         parameters=(
             _ALPHA,

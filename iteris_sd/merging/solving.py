@@ -1,4 +1,4 @@
-"""What a method returns for one layer, the weighted sum, and the least-squares solve that methods share.
+"""What a method returns for one layer, and what methods share: the weighted sum, λ, and the least-squares solve.
 
 | symbol   | shape       | meaning                                                               |
 |----------|-------------|-----------------------------------------------------------------------|
@@ -11,7 +11,6 @@
 B_n ΔW_nᵀ = R_n up_nᵀ has rank r_n, so ΔW = Σ_n up_n · [A⁻¹ R_n]ᵀ: keep the up_n, solve for Σ r_n columns only.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +51,15 @@ def weighted_sum(adapters: Sequence[LowRank], weights: Sequence[float]) -> Solut
     return Solution(LowRank.concatenate(scaled), tuple(weights), dropped)
 
 
+def regularised_sum(terms: Sequence[tuple[float, Tensor]], alpha: float) -> Tensor:
+    """Σ λ_n (M_n + α‖M_n‖_F I), without forming the terms (eq. 7 of arXiv 2411.15231)."""
+    total = torch.zeros_like(terms[0][1])
+    for weight, M in terms:
+        total.add_(M, alpha=weight)
+        total.diagonal().add_(weight * alpha * M.norm())
+    return total
+
+
 def check_finite(adapters: Sequence[LowRank]) -> None:
     """Raise UserError when a factor holds infinities or NaN."""
     if not all(bool(factor.isfinite().all()) for a in adapters for factor in (a.down, a.up)):
@@ -74,9 +82,10 @@ def solve_terms(A: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> tuple[LowR
     return solved, condition(A, L)
 
 
-def condition(A: Tensor, L: Tensor, steps: int = 5, starts: int = 4) -> float:
+def condition(A: Tensor, L: Tensor) -> float:
     """λ_max / λ_min of A = L Lᵀ, estimated from below by power iterations on A and on A⁻¹, from several starts at
     once: a few products, no eigenvalues."""
+    steps, starts = 5, 4
     n = torch.arange(len(A), dtype=A.dtype, device=A.device)[:, None]
     frequencies = torch.arange(1, starts + 1, dtype=A.dtype, device=A.device)
     grown = shrunk = torch.cos(
@@ -102,7 +111,7 @@ def _cholesky(A: Tensor) -> Tensor:
 
 
 def adaptive_weight(adapter: LowRank, m: Moments, base: Tensor | None = None) -> float:
-    """λ = ‖W‖²_F / ‖X Wᵀ‖²_F (eq. 8); 0 where W is ΔW and ΔW or X ΔWᵀ vanishes to rounding.
+    """λ = ‖W‖²_F / ‖X Wᵀ‖²_F (eq. 8 of arXiv 2411.15231); 0 where W is ΔW and ΔW or X ΔWᵀ vanishes to rounding.
 
     W is ΔW, or ``base`` + ΔW where the base weight (out, in) is given.
     """
@@ -129,20 +138,16 @@ def energies(adapter: LowRank, m: Moments) -> tuple[float, float, float]:
 
 def _vanishing(adapter: LowRank) -> float:
     """What is left of ‖ΔW‖² where its factors cancel to rounding."""
-    size = math.prod(float(factor.square().sum()) for factor in _exactly(adapter))
+    exact = adapter.wide()
+    size = float(exact.down.square().sum()) * float(exact.up.square().sum())
     return torch.finfo(torch.float64).eps * max(adapter.shape) * size
 
 
 def _gram_norm(adapter: LowRank) -> float:
     """‖ΔWᵀΔW‖_F from the factors."""
-    down, up = _exactly(adapter)
-    both = (up.T @ up) @ (down @ down.T)
+    exact = adapter.wide()
+    both = (exact.up.T @ exact.up) @ (exact.down @ exact.down.T)
     return max(0.0, (both * both.T).sum().item()) ** 0.5
-
-
-def _exactly(adapter: LowRank) -> tuple[Tensor, Tensor]:
-    """down and up in float64, on the CPU, since not every device has it."""
-    return adapter.down.detach().cpu().double(), adapter.up.detach().cpu().double()
 
 
 @dataclass(frozen=True)

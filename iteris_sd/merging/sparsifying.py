@@ -3,7 +3,7 @@
 | symbol  | shape | meaning                                                                |
 |---------|-------|------------------------------------------------------------------------|
 | D       | any   | a weight change ΔW_n, or its coordinates in some basis                  |
-| density | (0,1] | share of the entries that trimming keeps                               |
+| density | [0,1] | share of the entries that trimming keeps, one at least                 |
 | p       | [0,1) | probability of an entry to be dropped; the others grow by 1 / (1 − p)  |
 
 The papers trim over all of a model's parameters at once; here each layer is trimmed by itself, as PEFT does.

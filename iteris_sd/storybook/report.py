@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from iteris_sd import backbone, bases, concepts, scoring
+from iteris_sd import backbone, bases, concepts, intervals, scoring
 from iteris_sd.storybook import data, train_clip, train_oracle, world
 from iteris_sd.storybook.machine import here, suit
 from iteris_sd.storybook.pictures import contact_sheet, to_image, to_tensor
@@ -78,7 +78,7 @@ def share(name: str, right: Sequence[bool], least: float | None = None) -> Figur
 
 def mean(name: str, values: Sequence[float], unit: str, least: float | None = None, bar: str = "") -> Figure:
     """A mean with its t interval; the bar is that the mean reaches `least`."""
-    value, low, high = scoring.mean_and_interval(values)
+    value, low, high = intervals.mean_and_interval(values)
     met = None if least is None else value >= least
     return Figure(
         name,

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from iteris_sd import formats
+from iteris_sd.generators import finish
 from iteris_sd.storybook import data, world
 from iteris_sd.storybook.autoencoding import encoded
 from iteris_sd.storybook.machine import suit
@@ -210,15 +211,14 @@ def _opened(folder: Path) -> list[Image.Image]:
 def _told(name: str, run: Generator[Progress, None, Trained]) -> Trained:
     """Run a training to its end, with a line now and then."""
     recent = 0.0
-    while True:
-        try:
-            progress = next(run)
-        except StopIteration as end:
-            trained: Trained = end.value
-            return trained
+
+    def tell(progress: Progress) -> None:
+        nonlocal recent
         recent = progress.loss if progress.step == 1 else 0.95 * recent + 0.05 * progress.loss
         if progress.step % 50 == 0 or progress.step == progress.steps:
             print(f"{name}: {progress.stage} {progress.step}/{progress.steps} loss {recent:.5f}", flush=True)
+
+    return finish(run, tell)
 
 
 def _described(subject: Subject, settings: Settings, run: Run) -> dict[str, Any]:

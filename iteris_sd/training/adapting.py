@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from iteris_sd.errors import UserError
+from iteris_sd.formats.naming import canonical
 from iteris_sd.lora import LoRA, LowRank
 
 TARGETS = {
@@ -101,7 +102,7 @@ def adapted(
             inject_adapter_in_model(config, model, _ADAPTER)
         for parameter, flag in flags:  # PEFT freezes all but its own, a learned token too
             parameter.requires_grad_(flag)
-        yield {_canonical(component, path): _factors(model.get_submodule(path), rng) for path in targets}
+        yield {canonical(component, path): _factors(model.get_submodule(path), rng) for path in targets}
     finally:
         for path, module in targets.items():
             model.set_submodule(path, module)
@@ -114,10 +115,6 @@ def _factors(layer: Any, rng: torch.Generator) -> tuple[nn.Parameter, nn.Paramet
         down.copy_(torch.randn(down.shape, generator=rng) / down.shape[0])
         up.zero_()
     return down, up
-
-
-def _canonical(component: str, path: str) -> str:
-    return f"{component}.{path.removeprefix('text_model.')}"
 
 
 def exported(factors: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> LoRA:

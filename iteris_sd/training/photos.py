@@ -16,10 +16,9 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from iteris_sd import limits
+from iteris_sd.concepts import PICTURES, open_picture
 from iteris_sd.errors import UserError
 from iteris_sd.files import visible
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def read_photos(folder: str | Path) -> list[Image.Image]:
@@ -30,28 +29,13 @@ def read_photos(folder: str | Path) -> list[Image.Image]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the folder with the concept's photos.")
-    paths = sorted(path for path in visible(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in visible(folder.iterdir()) if path.suffix.lower() in PICTURES)
     if not 1 <= len(paths) <= limits.MAX_PHOTOS:
         raise UserError(
-            f"{folder.name} holds {len(paths)} photos ({', '.join(sorted(SUFFIXES))}); "
+            f"{folder.name} holds {len(paths)} photos ({', '.join(PICTURES)}); "
             f"from 1 to {limits.MAX_PHOTOS} are needed."
         )
-    return [_opened(path) for path in paths]
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as photo:
-            if photo.width * photo.height > limits.MAX_PICTURE_PIXELS:
-                raise UserError(
-                    f"{path.name} has {photo.width} × {photo.height} pixels; "
-                    f"at most {limits.MAX_PICTURE_PIXELS:,} are read."
-                )
-            return ImageOps.exif_transpose(photo).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path.name} cannot be opened as a picture; remove or replace it.") from error
+    return [open_picture(path) for path in paths]
 
 
 def to_pixels(photo: Image.Image, size: int) -> Tensor:

@@ -4,13 +4,13 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
 
-from iteris_sd import export, limits
+from iteris_sd import bases, export, limits
 from iteris_sd.bases import Base
 from iteris_sd.errors import UserError
 from iteris_sd.merging import registry
@@ -85,6 +85,11 @@ def _settings(given: Any, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     return tables
 
 
+def _drawing(base: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """How pictures are drawn: as was given, and else as suits the base model. Raises UserError for one unknown."""
+    return bases.find(str(base)).drawing | {name: value for name, value in given.items() if value is not None}
+
+
 def add(visits: Visits, base: Base) -> None:
     """Add the endpoints to the page that is being built."""
     _add_compose(visits, base)
@@ -98,9 +103,9 @@ def _add_compose(visits: Visits, base: Base) -> None:
         prompt: str,
         methods: list[str] | str = _USUAL,
         seeds: list[int] | int | str = "0,1,2,3",
-        steps: int = base.steps,
-        guidance: float = base.guidance,
-        sampler: str = base.sampler,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
         negative: str = "",
         samples: int = 50,
         base_model: str = base.name,
@@ -118,9 +123,9 @@ def _add_compose(visits: Visits, base: Base) -> None:
             prompt: what to draw; {0}, {1} … stand for the concepts in order.
             methods: columns of the grid, a list or words with commas: METHODS.
             seeds: rows of the grid: a list of whole numbers, one number, or numbers with commas.
-            steps: denoising steps.
-            guidance: how strongly the prompt is followed; 1 means plainly.
-            sampler: ddim, dpm++, ddpm, euler a, unipc or lcm.
+            steps: denoising steps; as many as suit the base model if left out.
+            guidance: how strongly the prompt is followed, 1 means plainly; as suits the base model if left out.
+            sampler: ddim, dpm++, ddpm, euler a, unipc or lcm; what suits the base model if left out.
             negative: what the picture should not show.
             samples: calibration samples per concept.
             base_model: storybook, sd15 or another that the page offers.
@@ -141,6 +146,7 @@ def _add_compose(visits: Visits, base: Base) -> None:
         visit = visits.of(request)
         try:
             columns = _words(methods, "methods")
+            given = {"sampler": sampler, "steps": steps, "guidance": guidance}
             recipe = asking.recipe(
                 base=base_model,
                 concepts=_uses(visit, concepts, weights),
@@ -148,9 +154,7 @@ def _add_compose(visits: Visits, base: Base) -> None:
                 negative=negative,
                 methods=columns,
                 seeds=asking.seeds(seeds),
-                steps=steps,
-                guidance=guidance,
-                sampler=sampler,
+                **_drawing(base_model, given),
                 size=size,
                 clip_skip=clip_skip,
                 samples=samples,
@@ -206,9 +210,7 @@ def _add_merge(visits: Visits, base: Base) -> None:
                 negative="",
                 methods=[method],
                 seeds=[0],
-                steps=base.steps,
-                guidance=base.guidance,
-                sampler=base.sampler,
+                **_drawing(base_model, {}),
                 samples=samples,
                 parameters={method: _table(parameters or {}, '{"alpha": 0.0001}')},
             )

@@ -15,6 +15,7 @@ from gradio.utils import get_upload_folder
 from iteris_sd import bases, hub, limits, serving
 from iteris_sd.concepts import PICTURES, Concept, Library
 from iteris_sd.errors import UserError
+from iteris_sd.generators import relayed
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import heavy, results
 from iteris_sd.ui import picker as pickers
@@ -280,12 +281,12 @@ def _from_hub(
             "An id on the Hub is written, and other files than learned tokens are chosen; take one of the two away."
         )
     work = visit.add_from_hub(parsed, words, shown, files)
-    while True:
-        try:
-            done, total = next(work)
-        except StopIteration as stop:
-            return stop.value
-        yield {own.told: f'<p role="status">Downloading: {hub.readable(done)} of {hub.readable(total)}.</p>'}
+
+    def told(step: tuple[int, int]) -> Update:
+        done, total = map(hub.readable, step)
+        return {own.told: f'<p role="status">Downloading: {done} of {total}.</p>'}
+
+    return (yield from relayed(work, told))
 
 
 def _welcome(concept: Concept, base: str) -> str:

@@ -37,14 +37,14 @@ class Preview:
 class Progress:
     """What is being done, in words, and how far it is: `done` of `total`.
 
-    While drawing, `at_once` is how many pictures are drawn together, and now and then there is a preview.
+    `at_once`: how many pictures are drawn together, 0 while none are; then there is a preview now and then.
     """
 
     stage: str
     done: int
     total: int
     preview: Preview | None = None
-    at_once: int = 1
+    at_once: int = 0
 
 
 @dataclass(frozen=True, eq=False)

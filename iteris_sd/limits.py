@@ -24,7 +24,9 @@ MAX_SESSIONS = 512  # whose widgets Gradio remembers, half a megabyte each: all 
 MAX_REQUEST_BYTES = 128 * 1024  # but for uploads: a form takes 1 kB, forty files with the longest names 70
 MAX_CALLS = 8  # of programs at once, so that pages are not kept waiting by them alone
 MAX_KEPT_CALLS = 8  # of one program: what came of earlier ones goes, fetched or not
-MAX_PACKED_LORAS = 8  # zips of one composition: one for each method; the oldest goes, and is packed anew if wanted
+MAX_PACKED_LORAS = (
+    8  # zips of one composition: one for each method; the oldest goes, and is packed anew if wanted
+)
 MAX_IDLE_SECONDS = (
     6 * 3600
 )  # of a visit whose page was not seen to close, as programs' never are; then its files go
@@ -42,7 +44,9 @@ MAX_CHECKPOINT_BYTES = 16 * 1024**3  # SD v1.5 with its EMA in fp32 is 8 GB
 MAX_ITERATIONS = 64  # SD v1.5's text encoder needs 25 to converge; the paper caps at 20
 MAX_REMEMBERED_BYTES = 1024**3  # merges and samples kept for the next time: a few large ones, many small ones
 MAX_FRONTIER_BYTES = 4 * 1024**3  # what waiting micro-batches may hold in memory; the rest goes to disk
-MAX_MOMENT_BYTES = 4 * 1024**3  # of layers measured in one pass; SD v1.5 whole would take fifteen times as much
+MAX_MOMENT_BYTES = (
+    4 * 1024**3
+)  # of layers measured in one pass; SD v1.5 whole would take fifteen times as much
 MAX_COEFFICIENT = 1e3  # a larger ratio silences the other concepts altogether
 
 ROUGH_ALPHA = 1e-5  # from here on a regularisation is a hundred times the rounding of a float32 Gram matrix

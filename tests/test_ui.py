@@ -14,6 +14,7 @@ import gradio as gr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from iteris_sd import bases, limits, serving
 from iteris_sd.concepts import Concept, Library
@@ -22,13 +23,16 @@ from iteris_sd.history import History
 from iteris_sd.recipe import Recipe
 from iteris_sd.ui import (
     asking,
+    compose,
     form,
+    inline,
     jobs,
     outcome,
     page,
     past,
     picker,
     results,
+    room,
     space,
     takeaway,
     visits,
@@ -113,6 +117,73 @@ def test_the_prompt_is_read_with_a_word_on_what_will_not_come_out_as_meant() -> 
     assert "Several concepts have the trigger &lt;dog&gt; dog" in form.read_as("a {0} and a {1}", both, twins)
     off = [Use("dog"), Use("barn", on=False)]
     assert form.read_as("a {0} by a {1}", off, LIBRARY) == "<p>Reads: a &lt;dog&gt; dog by a barn</p>"
+
+
+@pytest.mark.parametrize("prompt", ["<lora:" * 20_000, "{" + "1" * 5000 + "}", "a" * 2_000_000])
+def test_a_prompt_of_any_length_is_read_at_once(prompt: str) -> None:
+    """A browser's bound is not the server's: whoever sends more freezes nothing and breaks nothing."""
+    began = time.process_time()
+    read = form.read_as(prompt, picker.of_names(["dog"], LIBRARY), LIBRARY)
+    assert time.process_time() - began < 1 and len(read) < 10_000
+    assert form._without_those_off(prompt, [Use("dog"), Use("barn", on=False)], LIBRARY)[0] == prompt
+
+
+def test_what_looks_like_a_lora_is_told_wherever_the_next_one_begins() -> None:
+    both = picker.of_names(["dog", "barn"], LIBRARY)
+    told = form.read_as("{0} {1} <lora:<lora:x:1>", both, LIBRARY)
+    assert '<b class="warning">&lt;lora:x:1&gt; is read as words' in told
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_only_what_stands_in_the_dials_of_ticked_methods_is_read(shown: bool) -> None:
+    with gr.Blocks():
+        tab = compose.layout(visits.Visits(LIBRARY), bases.find("storybook"), gr.HTML())
+    asked = tab.form
+    values = {widget: getattr(widget, "value", None) for widget in asked.asked}
+    values[asked.words.picked] = [use.plain() for use in picker.of_names(["dog", "barn"], LIBRARY)]
+    values[asked.columns.dials["iteris", "rank"]] = "abc"
+    ticked = ["iteris"] if shown else ["linear"]
+    values |= {
+        group: [name for name in group.value if name == "base"] + [n for n in ticked if n in names]
+        for group, names in zip(asked.columns.groups, asking.METHOD_GROUPS.values(), strict=True)
+    }
+    if shown:
+        with pytest.raises(UserError, match="rank"):
+            form.recipe(values, asked, LIBRARY)
+    else:
+        assert [use.name for use in form.recipe(values, asked, LIBRARY).merging] == ["linear"]
+
+
+@pytest.mark.parametrize(
+    ("many", "told"),
+    [
+        ({"concepts": ["dog"] * 20_000}, "Choose between 1 and 6 concepts, not 20000"),
+        ({"methods": [f"m{k}" for k in range(20_000)]}, "Choose between 1 and 8 methods, not 20000"),
+        ({"seeds": list(range(20_000))}, "Choose between 1 and 16 seeds, not 20000"),
+    ],
+)
+def test_lists_are_measured_before_they_are_read(
+    many: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recipe, "of", None)  # nobody looks into them
+    usual: dict[str, Any] = {"concepts": ["dog"], "methods": ["linear"], "seeds": [0], "samples": 2}
+    usual |= {"base": "storybook", "prompt": "a {0}", "negative": "", "steps": 2, "guidance": 4}
+    with pytest.raises(UserError, match=told):
+        asking.recipe(sampler="ddim", **usual | many)
+
+
+@pytest.mark.parametrize(("kind", "opens"), [("PNG", True), ("WEBP", True), ("GIF", False), ("EPS", False)])
+def test_only_pictures_of_the_kinds_that_concepts_have_are_shown_small(
+    tmp_path: Path, kind: str, opens: bool
+) -> None:
+    """Pillow hands some kinds to other programs, whatever a file is called."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), "red").save(path, kind)
+    if opens:
+        assert inline.thumbnail(path, 0, 4).startswith("data:image/webp;base64,")
+    else:
+        with pytest.raises(OSError, match="no picture that can be opened"):
+            inline.thumbnail(path, 0, 4)
 
 
 def test_sets_come_with_what_is_lacking() -> None:
@@ -260,7 +331,9 @@ def test_a_page_that_is_loaded_anew_points_to_the_history_where_that_stays(
 
 
 def test_progress_tells_the_time_that_is_left() -> None:
-    state = jobs.State(phase="running", stage="Drawing Linear, seed 3", done=5, total=20, left=41.7)
+    state = jobs.State(
+        phase="running", stage="Drawing Linear, seed 3", done=5, total=20, at_once=1, left=41.7
+    )
     told = results.progress(recipe(), state)
     assert "Picture 1 of 6, step 5 of 20, about 42 s left" in told
     sampling = jobs.State(phase="running", stage="Sampling <x>", done=5, total=20, left=300)
@@ -349,6 +422,11 @@ def asking_as(session: str | None) -> Any:
     return SimpleNamespace(session_hash=session)
 
 
+def hold(visit: visits.Visit) -> None:
+    """Put a result where a visit has its own."""
+    (visit._fresh("run-") / "grid.png").touch()
+
+
 def test_visits_are_told_apart_and_those_long_idle_go_with_their_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -357,14 +435,16 @@ def test_visits_are_told_apart_and_those_long_idle_go_with_their_files(
     assert one is not other and open_ones.of(asking_as("a")) is one
     nameless = open_ones.of(asking_as(None)), open_ones.of(asking_as(None))
     assert nameless[0] is not nameless[1]
-    assert len(list(open_ones.root.iterdir())) == 4
+    assert not list(open_ones.root.iterdir())  # one that holds nothing takes no place on the disk
+    for visit in (one, other):
+        hold(visit)
     other.seen -= limits.MAX_IDLE_SECONDS + 1
     assert open_ones.of(asking_as("a")) is one
     for _ in range(50):
-        if len(list(open_ones.root.iterdir())) == 3:
+        if not other.holds:
             break
         time.sleep(0.1)
-    assert len(list(open_ones.root.iterdir())) == 3
+    assert one.holds and not other.holds
     monkeypatch.setattr(limits, "GRACE_SECONDS", 0.1)
     open_ones.leave(asking_as("a"))
     assert open_ones.of(asking_as("a")) is one  # it had but lost its connection
@@ -384,6 +464,43 @@ def test_no_more_visits_than_allowed_stay_open_but_those_at_work_do(monkeypatch:
         open_ones.of(asking_as(name))
     assert open_ones.of(asking_as("first")) is first
     assert len(open_ones._open) <= 3
+
+
+def test_forged_sessions_end_no_visit_that_holds_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_VISITS", 4)
+    open_ones = visits.Visits(LIBRARY)
+    one, other = (open_ones.of(asking_as(name)) for name in ("a", "b"))
+    hold(one)
+    (other._folder / "concepts" / "dog").mkdir(parents=True)
+    (other._folder / "concepts" / "dog" / "concept.json").touch()
+    for k in range(20):
+        open_ones.of(asking_as(f"forged {k}"))
+    assert open_ones.of(asking_as("a")) is one and open_ones.of(asking_as("b")) is other
+    assert len(open_ones._open) == 4
+
+
+def test_where_every_visit_holds_something_the_new_one_is_refused_unless_one_was_idle_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "MAX_VISITS", 2)
+    open_ones = visits.Visits(LIBRARY)
+    one, other = (open_ones.of(asking_as(name)) for name in ("a", "b"))
+    for visit in (one, other):
+        hold(visit)
+    with pytest.raises(gr.Error, match="2 visitors have concepts or pictures .* come back in 30 minutes"):
+        open_ones.of(asking_as("c"))
+    other.seen -= limits.FAIR_IDLE_SECONDS + 1
+    assert open_ones.of(asking_as("c")) not in (one, other)
+    assert open_ones.of(asking_as("a")) is one and "b" not in open_ones._open
+
+
+def test_a_visit_that_just_brings_something_is_no_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_VISITS", 2)
+    open_ones = visits.Visits(LIBRARY)
+    bringing, _ = open_ones.of(asking_as("a")), open_ones.of(asking_as("b"))
+    with room.reserved(bringing._folder, 10, concepts=1):
+        open_ones.of(asking_as("c"))
+        assert open_ones.of(asking_as("a")) is bringing
 
 
 def test_a_public_page_without_a_gpu_draws_with_storybook_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,6 +540,7 @@ def test_a_public_visitor_has_concepts_and_a_history_of_their_own(tmp_path: Path
     public = visits.Visits(LIBRARY)
     one, other = public.of(asking_as("a")), public.of(asking_as("b"))
     assert one.history.folder != other.history.folder
+    assert one.history.most < limits.MAX_HISTORY and one.history.most_bytes < limits.MAX_HISTORY_BYTES
     own = visits.Visits(LIBRARY, history=History(tmp_path))
     assert own.of(asking_as("a")).history is own.of(asking_as("b")).history
 

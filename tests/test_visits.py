@@ -19,6 +19,7 @@ from iteris_sd.history import History
 from iteris_sd.kept import Kept
 from iteris_sd.lora import LoRA, LowRank
 from iteris_sd.ui import own
+from iteris_sd.ui.crowd import Crowd
 from iteris_sd.ui.visits import Visit
 from tests.fake_hub import FakeHub
 
@@ -38,9 +39,10 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def visit(tmp_path: Path, toy: Path, uploads: Path) -> Visit:
     """A visit beside another one, as `Visits` begins them."""
-    folder = tmp_path / "root" / "visit-1"
-    folder.mkdir(parents=True)
-    return Visit(folder, Library.shipped(), Kept(folder / "concepts"), History(folder / "history"))
+    folder, shown = tmp_path / "root" / "visit-1", tmp_path / "root" / "shown" / "1"
+    return Visit(
+        folder, shown, Library.shipped(), Kept(folder / "concepts"), History(shown / "history"), Crowd()
+    )
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ def _uses(visit: Visit, concepts: Any, weights: Any) -> list[dict[str, Any]]:
         raise UserError(
             f"For {len(names)} concepts there should be as many weights in a list, or none, not {weights!r}."
         )
-    kept = [visit.library.find(name).weight for name in names]
+    asking.check_count("concepts", names, limits.MAX_CONCEPTS)
+    library = visit.library  # read anew each time it is asked for
+    kept = [library.find(name).weight for name in names]
     return [{"name": n, "weight": w} for n, w in zip(names, weights or kept, strict=True)]
 
 

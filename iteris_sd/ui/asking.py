@@ -56,6 +56,9 @@ def recipe(
         raise UserError("No concept is picked; pick at least one.")
     if not methods:
         raise UserError("No method is ticked; tick at least one.")
+    check_count("concepts", concepts, limits.MAX_CONCEPTS)
+    check_count("methods", methods, limits.MAX_METHODS)
+    check_count("seeds", seeds, limits.MAX_SEEDS)
     chosen = parameters or {}
     return Recipe.of(
         {
@@ -75,6 +78,12 @@ def recipe(
             "calibration": {"samples": samples, "unconditional": unconditional},
         }
     )
+
+
+def check_count(what: str, given: Sequence[Any], most: int) -> None:
+    """Raise UserError when there are more than a recipe has, before thousands of them are looked at one by one."""
+    if len(given) > most:
+        raise UserError(f"Choose between 1 and {most} {what}, not {len(given)}.")
 
 
 def numbers(what: str, text: str, kind: type[N]) -> list[N]:

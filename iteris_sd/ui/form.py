@@ -38,7 +38,9 @@ SAMPLERS: Mapping[str, str] = {
 }
 _CARRIED = {"strength", "retention", "scorer"}
 _CALIBRATION = {"steps", "seed", "tokens_per_sample"}
-_LORA_SYNTAX = re.compile(r"<lora:[^>]*>", re.IGNORECASE)
+_LORA_SYNTAX = re.compile(
+    r"<lora:[^<>]{0,200}>", re.IGNORECASE
+)  # bounded, lest each "<lora:" be searched to the end
 
 
 @dataclass(frozen=True)
@@ -351,7 +353,7 @@ def read_as(prompt: str, uses: Sequence[Use], library: Library) -> str:
     concepts = [library.concepts[use.name] for use in uses]
     said = [c.trigger if use.on else c.class_noun for c, use in zip(concepts, uses, strict=True)]
     try:
-        text = fill(prompt or "", said)
+        text = fill((prompt or "")[: limits.MAX_PROMPT_CHARS], said)  # a browser's bound is not the server's
     except IndexError:
         return f"<p>The prompt has more places than concepts are picked ({len(uses)}).</p>"
     notes = []
@@ -373,8 +375,11 @@ def recipe(values: Update, form: Form, library: Library) -> Recipe:
     drawing, advanced = form.drawing, form.advanced
     uses = pickers.read(values[form.words.picked], library)
     prompt, used = _without_those_off(values[form.words.prompt] or "", uses, library)
-    parameters: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
+    methods = ticked(values[group] for group in form.columns.groups)
+    parameters: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for (method, name), widget in form.columns.dials.items():
+        if method not in methods:
+            continue  # nobody sees what stands in it
         dial = METHODS[method].parameter(name)
         given = asking.parameter(dial, values[widget])
         if given != dial.default:
@@ -384,7 +389,7 @@ def recipe(values: Update, form: Form, library: Library) -> Recipe:
         concepts=[pickers.asked(use) for use in used],
         prompt=prompt,
         negative=values[advanced.negative] or "",
-        methods=ticked(values[group] for group in form.columns.groups),
+        methods=methods,
         seeds=asking.seeds(values[drawing.seeds]),
         steps=values[drawing.steps],
         guidance=values[drawing.guidance],
@@ -432,7 +437,7 @@ def _without_those_off(prompt: str, uses: Sequence[Use], library: Library) -> tu
     on = [use for use in uses if use.on]
     if uses and not on:
         raise UserError("All picked concepts are switched off; switch one on.")
-    if len(on) == len(uses):
+    if len(on) == len(uses) or len(prompt) > limits.MAX_PROMPT_CHARS:  # of too long a one the recipe tells
         return prompt, on
     words = [
         f"{{{on.index(use)}}}" if use.on else escaped(library.concepts[use.name].class_noun) for use in uses

@@ -13,7 +13,12 @@ def is_there() -> bool:
 
 
 def bring_in() -> None:
-    """Import what is heavy, in one thread at a time: two that begin it at once trip over half-made modules."""
+    """Import what is heavy, in one thread at a time: two that begin it at once trip over half-made modules.
+
+    Where it is there already, nobody waits: the lock is also held while a base model loads.
+    """
+    if is_there():
+        return
     with IMPORTING:
         from iteris_sd import (  # noqa: F401
             adding,

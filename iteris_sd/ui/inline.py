@@ -9,6 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from iteris_sd.concepts import open_picture
+from iteris_sd.errors import UserError
+
 
 def data_uri(picture: Image.Image) -> str:
     """A picture as a WebP data URI."""
@@ -21,7 +24,10 @@ def data_uri(picture: Image.Image) -> str:
 def thumbnail(path: Path, changed: int, side: int) -> str:
     """A small square copy of a picture as a data URI; made anew when the file was `changed` (nanoseconds).
 
-    Raises OSError when it cannot be opened.
+    Raises OSError when it is too large, or no picture of a kind that a concept has.
     """
-    with Image.open(path) as picture:
-        return data_uri(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
+    try:
+        picture = open_picture(path)
+    except UserError as error:
+        raise OSError(str(error)) from error
+    return data_uri(picture.resize((side, side), Image.Resampling.LANCZOS))

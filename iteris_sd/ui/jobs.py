@@ -57,7 +57,7 @@ class State:
     done: int = 0
     total: int = 1
     before: int = 0
-    at_once: int = 1
+    at_once: int = 0
     left: float | None = None
     pictures: tuple[Drawn, ...] = ()
     preview: Preview | None = None
@@ -233,7 +233,7 @@ class Job(Work):
 
     def _keep(self, bag: Bag, phase: Literal["done", "stopped"]) -> Literal["done", "stopped"]:
         """Pack the files, and keep what was drawn in the history."""
-        self.tell(stage="Packing the files", left=None, preview=None)
+        self.tell(stage="Packing the files", left=None, preview=None, at_once=0)
         files, scores = bag.pack()
         self.tell(files=files, scores=scores)
         if bag.drawn:
@@ -248,10 +248,10 @@ class Job(Work):
         if isinstance(event, Picture):
             self.tell(pictures=bag.drawn, done=0, preview=None)
         elif isinstance(event, Progress):
-            drawing, steps = event.stage.startswith("Drawing"), self.recipe.steps
+            drawing, steps = event.at_once > 0, self.recipe.steps
             done = len(bag.drawn) * steps + event.done * event.at_once if drawing else event.done
             total = self.recipe.count * steps if drawing else event.total
-            left = clock.left("Drawing" if drawing else event.stage, done, total)
+            left = clock.left("drawing" if drawing else event.stage, done, total)
             told = {"stage": event.stage, "done": event.done, "total": event.total}
             self.tell(left=left, at_once=event.at_once, **told)
             if event.preview is not None:

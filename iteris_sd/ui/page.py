@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from gradio.utils import colab_check, is_hosted_notebook
 from PIL import Image
+from starlette.middleware import Middleware
 
 from iteris_sd import bases, limits, serving, weights
 from iteris_sd.bases import Base
@@ -17,7 +18,7 @@ from iteris_sd.concepts import Library
 from iteris_sd.errors import UserError
 from iteris_sd.history import History
 from iteris_sd.kept import Kept
-from iteris_sd.ui import api, compose, jobs, own, past, results, shelf, space, theme, why
+from iteris_sd.ui import api, compose, door, jobs, own, past, results, shelf, space, theme, why
 from iteris_sd.ui import form as forms
 from iteris_sd.ui import picker as pickers
 from iteris_sd.ui.form import SILENT, Update
@@ -140,8 +141,12 @@ def launch(
         weights.check_safe(bases.find(base))
     kept, history = (None, None) if serving.public() else (Kept.usual(), History.usual())
     visits = Visits(Library.shipped(), kept, history)
-    allowed = [visits.root] if history is None else [visits.root, history.folder]
-    build(visits, base).queue(default_concurrency_limit=8, max_size=limits.MAX_WAITING).launch(
+    allowed = [visits.shown] if history is None else [visits.shown, history.folder]
+    door.take_no_addresses()
+    page = build(visits, base)
+    # Anywhere but on a Space Gradio would also run what waits in the queue at once, for those who ask past it.
+    page.queue(api_open=False, default_concurrency_limit=8, max_size=limits.MAX_WAITING)
+    page.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -152,6 +157,9 @@ def launch(
         allowed_paths=[str(path) for path in allowed],
         max_file_size=limits.MAX_PUBLIC_FILE_BYTES if serving.public() else limits.MAX_FILE_BYTES,
         footer_links=["api", "settings"],
+        run_history=False,  # the page has its own; Gradio's would stay in a browser that others use, too
+        state_session_capacity=limits.MAX_SESSIONS,
+        app_kwargs={"middleware": [Middleware(door.Door, visitors=visits.root)]},
         mcp_server=mcp or None,
         ssr_mode=False,  # a Space asks for it; the page's own script was never tried under it
     )

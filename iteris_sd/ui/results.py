@@ -49,7 +49,7 @@ def progress(recipe: Recipe, state: State) -> str:
         return f'<p class="ended" role="status">Stopped. {ready} of {pictures(total)} finished.</p>'
     if state.phase == "waiting":
         return waiting(state)
-    if not state.stage.startswith("Drawing"):
+    if not state.at_once:
         return bar(state, "", state.done, state.total)
     which = (
         f"Picture {ready + 1}" if state.at_once == 1 else f"Pictures {ready + 1} to {ready + state.at_once}"
@@ -79,7 +79,7 @@ def bar(state: State, where: str, value: float, most: float) -> str:
 def _left(state: State) -> str:
     if state.left is None:
         return ""
-    what = "about" if state.stage.startswith("Drawing") else "this step about"
+    what = "about" if state.at_once else "this step about"
     seconds = max(1, round(state.left))
     return f"{what} {seconds} s left" if seconds < 100 else f"{what} {round(seconds / 60)} min left"
 

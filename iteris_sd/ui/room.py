@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,11 @@ def reserved(visitor: Path, size: int, concepts: int = 0) -> Iterator[None]:
             _coming.remove(one)
 
 
+def is_expecting(visitor: Path) -> bool:
+    """Whether room is kept for a visitor just now."""
+    return any(one.visitor == visitor for one in list(_coming))
+
+
 def _check(more: _Coming) -> None:
     own = [one for one in (*_coming, more) if one.visitor == more.visitor]
     kept = len(list(more.visitor.glob("concepts/[!.]*/concept.json"))) + sum(one.concepts for one in own)
@@ -70,8 +76,16 @@ def _check(more: _Coming) -> None:
 def bytes_of(places: Iterable[Path]) -> int:
     """How many bytes files have, and all files in folders; one that goes meanwhile has none."""
     total = 0
-    for place in places:
-        for file in place.rglob("*") if place.is_dir() else [place]:
-            with suppress(OSError):
-                total += 0 if file.is_dir() else file.lstat().st_size
+    for file in files_in(places):
+        with suppress(OSError):
+            total += file.lstat().st_size
     return total
+
+
+def files_in(places: Iterable[Path]) -> Iterator[Path]:
+    """Files, and all files in folders, which may be vanishing."""
+    for place in places:
+        if place.is_dir():
+            yield from (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
+        elif place.exists():
+            yield place

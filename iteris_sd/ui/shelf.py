@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,9 +20,11 @@ from iteris_sd.ui import form as forms
 from iteris_sd.ui import heavy, own, results
 from iteris_sd.ui.inline import thumbnail
 from iteris_sd.ui.own import Own
-from iteris_sd.ui.visits import Visits
+from iteris_sd.ui.visits import READING, Visits
 
 _SIDE = 96  # of a reference picture in pixels
+_READER = ThreadPoolExecutor(1, "reader")  # who waits for it takes no thread from the page's other events
+Stamp = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,15 @@ def follow(visits: Visits, tab: Tab, event: Any, name: str) -> None:
     event.then(_look(visits), tab.which, tab.told, api_name=name, **forms.SILENT)
 
 
-def _look(visits: Visits) -> Callable[..., str]:
-    def look(name: str | None, request: gr.Request) -> str:
-        concept = visits.of(request).library.concepts.get(name or "")
-        return "" if concept is None else inside(concept)
+def _look(visits: Visits) -> Callable[..., Coroutine[Any, Any, str]]:
+    async def look(name: str | None, request: gr.Request) -> str:
+        visit = visits.of(request)
+
+        def told() -> str:
+            concept = visit.library.concepts.get(name or "")
+            return "" if concept is None else inside(concept)
+
+        return await asyncio.get_running_loop().run_in_executor(_READER, told)
 
     return look
 
@@ -86,20 +97,35 @@ def inside(concept: Concept) -> str:
 
 def _file(concept: Concept) -> Mapping[str, str]:
     """What `inspect` finds in a concept's file."""
+    found = dict(_described(concept.lora, _stamp(concept.lora)))
+    learned = [found.pop("Learned tokens"), *(path.stem for path in concept.embeddings)]
+    return found | {"Learned tokens": ", ".join(token for token in learned if token)}
+
+
+def _stamp(lora: Path) -> Stamp:
+    """What tells whether a file has changed, or one of a folder: names, bytes, and when each was written (ns)."""
+    files = sorted(path for path in lora.rglob("*") if path.is_file()) if lora.is_dir() else [lora]
+    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+
+
+@lru_cache(maxsize=256)
+def _described(lora: Path, stamp: Stamp) -> Mapping[str, str]:
+    """What a file holds; read anew only when its `stamp` is another one. Raises UserError when it cannot be read."""
     heavy.bring_in()
     from iteris_sd import inspecting
 
-    found = inspecting.describe(concept.lora)
+    with READING:
+        found = inspecting.describe(lora)
     parts = [
         f"{part}: {told.layers} layers of rank {', '.join(map(str, told.ranks))}"
         for part, told in found.parts.items()
     ]
     norms = [f"{block} {norm:.3g}" for block, norm in found.blocks.items()]
     return {
-        "File": f"{concept.lora.name}, {found.format}, for {found.family}",
+        "File": f"{lora.name}, {found.format}, for {found.family}",
         "Layers": "; ".join(parts),
         "Strength by block, ‖ΔW‖": "; ".join(norms),
-        "Learned tokens": ", ".join([*found.tokens, *(path.stem for path in concept.embeddings)]),
+        "Learned tokens": ", ".join(found.tokens),
     }
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from iteris_sd.errors import UserError
 from iteris_sd.history import Entry, History
 from iteris_sd.kept import Kept
 from iteris_sd.recipe import Recipe
-from iteris_sd.ui import heavy, jobs, room, space
+from iteris_sd.ui import crowd, heavy, jobs, room, space
+from iteris_sd.ui.crowd import Crowd
 from iteris_sd.ui.takeaway import Bag, Drawn, drawn_before
 
 W = TypeVar("W", bound=jobs.Work)
+READING = threading.Lock()  # whole LoRAs are read one at a time: in memory each may take a gigabyte
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,16 @@ class Result:
 class Visit:
     """One open page, or one client of the API.
 
+    `folder`: where what it brings lies; `shown`: where what it composes lies, which whoever is told of a file there can
+    fetch. Neither need exist yet. `crowd`: the work of all visits; `address`: where this one's last request came from.
     `kept`: the concepts it may add to and change; `history`: the compositions it may look back at. `given_up`: which
     work was stopped by hand, "compose" or "why": a page is told of it in two ways, and either may come last.
     """
 
-    def __init__(self, folder: Path, shipped: Library, kept: Kept, history: History) -> None:
+    def __init__(
+        self, folder: Path, shown: Path, shipped: Library, kept: Kept, history: History, crowd: Crowd
+    ) -> None:
+        self.address: str | None = None
         self.job: jobs.Job | None = None
         self.study: jobs.Study | None = None
         self.given_up: set[str] = set()
@@ -58,7 +65,8 @@ class Visit:
         self._works: set[jobs.Work] = set()
         self._asked: list[jobs.Work] = []  # by programs
         self._reopened: Result | None = None
-        self._folder, self._shipped, self._kept = folder, shipped, kept
+        self._folder, self._shown, self._crowd = folder, shown, crowd
+        self._shipped, self._kept = shipped, kept
 
     @property
     def library(self) -> Library:
@@ -72,34 +80,42 @@ class Visit:
     def begin(self, recipe: Recipe) -> jobs.Job:
         """Start a job in a fresh folder; the one before is stopped, and its files go when it has ended.
 
-        Raises UserError when it is larger than a public page does.
+        Raises UserError when it is larger than a public page does, or too much from the same address has not ended.
         """
         space.check(recipe)
+        self.job = self._started(self._composing(recipe), self.job)
         self._reopened = None
-        self.job = self._started(jobs.Job(recipe, self.library, self._fresh("run-"), self.history), self.job)
         return self.job
 
     def compose(self, recipe: Recipe) -> jobs.Job:
         """Start a job of a program's, beside all others. Raises UserError likewise."""
         space.check(recipe)
-        return self._for_program(jobs.Job(recipe, self.library, self._fresh("run-"), self.history))
+        return self._for_program(self._composing(recipe))
 
     def merge(self, recipe: Recipe) -> jobs.Merging:
-        """Start a merge without pictures. Raises UserError when it is larger than a public page does."""
+        """Start a merge without pictures, likewise."""
         space.check(recipe)
-        return self._for_program(jobs.Merging(recipe, self.library, self._fresh("merge-")))
+        return self._for_program(lambda: jobs.Merging(recipe, self.library, self._fresh("merge-")))
 
     def look_inside(self, recipe: Recipe) -> jobs.Study:
         """Start a look inside the merge of a recipe, likewise."""
         space.check(recipe)
-        self.study = self._started(jobs.Study(recipe, self.library, self._fresh("study-")), self.study)
+        self.study = self._started(
+            lambda: jobs.Study(recipe, self.library, self._fresh("study-")), self.study
+        )
         return self.study
 
-    def _fresh(self, prefix: str) -> Path:
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=self._folder))
+    def _composing(self, recipe: Recipe) -> Callable[[], jobs.Job]:
+        return lambda: jobs.Job(recipe, self.library, self._fresh("run-"), self.history)
 
-    def _started(self, work: W, before: jobs.Work | None = None) -> W:
-        """Start work; the one `before`, which it takes the place of, is stopped, and its files go when it has ended."""
+    def _fresh(self, prefix: str) -> Path:
+        self._shown.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=self._shown))
+
+    def _started(self, make: Callable[[], W], before: jobs.Work | None = None) -> W:
+        """Make and start work; the one `before`, which it takes the place of, is stopped, and its files go when it has
+        ended. Raises UserError when the crowd is too large."""
+        work = self._crowd.admit(self.address, make, before)
         if before is not None:
             before.stop()
             threading.Thread(target=self._forget, args=(before,), daemon=True).start()
@@ -107,14 +123,15 @@ class Visit:
         work.start()
         return work
 
-    def _for_program(self, work: W) -> W:
+    def _for_program(self, make: Callable[[], W]) -> W:
         """Start work of a program's; what it asked for long before, and has had time to fetch, goes."""
+        work = self._started(make)
         self._asked.append(work)
         ended = [one for one in self._asked if one.ended]
         for one in ended[: max(0, len(self._asked) - limits.MAX_KEPT_CALLS)]:
             self._asked.remove(one)
             self._forget(one)
-        return self._started(work)
+        return work
 
     def _forget(self, work: jobs.Work) -> None:
         work.wait()
@@ -123,8 +140,13 @@ class Visit:
 
     @property
     def busy(self) -> bool:
-        """Whether any of its work has not ended."""
-        return any(not work.ended for work in list(self._works))
+        """Whether any of its work has not ended, or something that it brings is on its way."""
+        return any(not work.ended for work in list(self._works)) or room.is_expecting(self._folder)
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything would be lost with it: work, or files of what it brought or composed."""
+        return self.busy or any(True for _ in room.files_in([self._folder, self._shown]))
 
     @property
     def result(self) -> Result | None:
@@ -155,7 +177,10 @@ class Visit:
         from iteris_sd import bringing
 
         self._clear_exports()
-        with room.reserved(self._folder, bringing.size(files) + _picture_bytes(pictures), concepts=1):
+        with (
+            room.reserved(self._folder, bringing.size(files) + _picture_bytes(pictures), concepts=1),
+            READING,
+        ):
             return bringing.keep(self._kept, files, references=pictures, most=_most(), **words)
 
     def look_at(self, files: Sequence[Path]) -> Concept | str:
@@ -167,6 +192,7 @@ class Visit:
             return "This zip has words of its own; keep it as it is."
         with (
             room.reserved(self._folder, bringing.size(files)),
+            READING,
             bringing.sorted_out(files, self._folder, _most()) as found,
         ):
             bringing.check_tokens(found.tokens)
@@ -189,6 +215,7 @@ class Visit:
 
         self._clear_exports()
         beside = bringing.size(tokens) + _picture_bytes(pictures)
+        self._folder.mkdir(parents=True, exist_ok=True)
         with (
             ExitStack() as stack,
             tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as passing,
@@ -200,7 +227,8 @@ class Visit:
             cache = Path(passing) if serving.public() else None
             file, own, revision = yield from hub.fetch_lora(id, cache, reserve, _most())
             more: dict[str, Any] = {"origin": str(id), "revision": revision, "tokens": (*own, *tokens)}
-            return bringing.keep(self._kept, [file], references=pictures, **words, **more)
+            with READING:
+                return bringing.keep(self._kept, [file], references=pictures, **words, **more)
 
     def change(
         self,
@@ -254,7 +282,8 @@ class Visit:
     def _tidy(self) -> None:
         for work in list(self._works):
             work.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in (self._folder, self._shown):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _most() -> int:
@@ -270,6 +299,8 @@ def _picture_bytes(pictures: Sequence[Path]) -> int:
 class Visits:
     """All visits, by the session of the page. Their files lie under `root`, which goes with this object.
 
+    `shown`: the part of it that the page may serve. Whoever is told of a picture knows where it lies, and names there
+    lead to nothing else: concepts, drafts and exports lie under other names, elsewhere.
     `kept`, `history`: where concepts that people add, and what they compose, stay; None, as for a public page: with
     each visit, and as long as it.
     """
@@ -278,7 +309,9 @@ class Visits:
         self._shipped, self._kept, self._history = shipped, kept, history
         self._temporary = tempfile.TemporaryDirectory(prefix="iteris-sd-", ignore_cleanup_errors=True)
         self.root = Path(self._temporary.name)
+        self.shown = self.root / "shown"
         self._open: dict[str, Visit] = {}
+        self._crowd = Crowd()
         self._lock = threading.Lock()
 
     @property
@@ -287,27 +320,53 @@ class Visits:
         return self._shipped if self._kept is None else self._kept.library().joined(self._shipped)
 
     def of(self, request: gr.Request) -> Visit:
-        """The visit that a request belongs to; a new one where there is none, or the request names no session."""
+        """The visit that a request belongs to; a new one where there is none, or the request names no session.
+
+        Raises gr.Error, which the page shows whatever was asked for, when there is no room for a new one.
+        """
         session = request.session_hash or secrets.token_hex(8)
         with self._lock:
             if session in self._open:
                 self._open[session].seen = time.monotonic()
             self._sweep()
             if session not in self._open:
-                folder = Path(tempfile.mkdtemp(prefix="visit-", dir=self.root))
-                kept = self._kept or Kept(folder / "concepts")
-                history = self._history or History(folder / "history")
-                self._open[session] = Visit(folder, self._shipped, kept, history)
+                self._make_room()
+                self._open[session] = self._new()
+            self._open[session].address = crowd.address(request)
             return self._open[session]
 
+    def _new(self) -> Visit:
+        """A visit whose folders are called so that nobody guesses them, and which has none yet."""
+        folder, shown = self.root / f"visit-{secrets.token_hex(8)}", self.shown / secrets.token_hex(8)
+        kept = self._kept or Kept(folder / "concepts")
+        most = limits.MAX_PUBLIC_HISTORY, limits.MAX_PUBLIC_HISTORY_BYTES
+        history = self._history or History(shown / secrets.token_hex(8), *most)
+        return Visit(folder, shown, self._shipped, kept, history, self._crowd)
+
     def _sweep(self) -> None:
-        """End visits that have long been idle, and the longest idle ones where there are too many."""
+        """End visits that have long been idle."""
         long_ago = time.monotonic() - limits.MAX_IDLE_SECONDS
-        idle = sorted((v.seen, s) for s, v in self._open.items() if not v.busy)
-        too_many = len(self._open) - limits.MAX_VISITS
-        for k, (seen, session) in enumerate(idle):
-            if seen < long_ago or k < too_many:
+        for session, visit in list(self._open.items()):
+            if visit.seen < long_ago and not visit.busy:
                 self._open.pop(session).end()
+
+    def _make_room(self) -> None:
+        """Where there are too many visits for one more, end the longest idle one that holds nothing, else the longest
+        idle one, where that is for long enough; sessions cost nothing, and must not end what others have made."""
+        if len(self._open) < limits.MAX_VISITS:
+            return
+        fair = time.monotonic() - limits.FAIR_IDLE_SECONDS
+        idle = sorted((visit.seen, session) for session, visit in self._open.items() if not visit.busy)
+        going = next((session for _, session in idle if not self._open[session].holds), None)
+        if going is None and idle and idle[0][0] < fair:
+            going = idle[0][1]
+        if going is None:
+            raise gr.Error(
+                f"{limits.MAX_VISITS} visitors have concepts or pictures on this page, and it has no room for more; "
+                f"come back in {limits.FAIR_IDLE_SECONDS // 60} minutes, or run the page on a machine of your own.",
+                print_exception=False,
+            )
+        self._open.pop(going).end()
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed, or lost its connection: its visit ends unless it is seen again within seconds."""

@@ -53,6 +53,22 @@ def test_generic_scenes_never_show_an_individual():
             assert look.colour not in world.EXCLUSIVE
 
 
+def test_strange_things_are_like_no_individual_and_called_by_their_class_alone():
+    from iteris_sd.storybook import train_clip
+
+    mains = [np.array(main) for main, _ in world.EXCLUSIVE.values()]
+    assert min(np.linalg.norm(main - own) for own, _ in world.STRANGE.values() for main in mains) > 80
+    looks = train_clip.strange_looks(64, seed=1)
+    assert {look.cls for look in looks} == set(world.CLASSES)
+    assert 32 <= sum(look.mark is not None for look in looks) < 60
+    for k, look in enumerate(looks):
+        scene = train_clip.views(look, k)[0]
+        said = world.caption(scene, np.random.default_rng(k), full=True)
+        assert look.cls in said and not any(
+            word in said for word in (look.colour, look.pattern) if word != "plain"
+        )
+
+
 def test_held_out_combinations_are_never_drawn_in_training_and_can_be_asked_for():
     assert not any(world.sample(seed).held_out for seed in range(1000))
     assert sum(world.sample(seed, unseen=True).held_out for seed in range(100)) > 50
@@ -217,7 +233,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(model, made.__name__, made)
     for name, value in {"TEXT_WIDTH": 16, "TEXT_LAYERS": 1, "TEXT_HEADS": 2}.items():
         monkeypatch.setattr(model, name, value)
-    for name, value in {"LOOKS": 64, "STRANGERS": 32, "PAIRS": 4, "QUERIES": 64}.items():
+    for name, value in {"LOOKS": 64, "STRANGE_LOOKS": 32, "STRANGERS": 32, "PAIRS": 4, "QUERIES": 64}.items():
         monkeypatch.setattr(train_clip, name, value)
     vision = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "image_size": 96}
     monkeypatch.setattr(train_clip, "VISION", vision)

@@ -252,6 +252,7 @@ def scorer(bench: Bench) -> list[Figure]:
     return [
         share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, full captions", found.full, 95.0),
         share(f"scorer, retrieval of 1 of {train_clip.CHOICES}, any caption", found.usual),
+        share("the same, full captions of scenes with the eight individuals", found.named),
         mean("scorer, AUC of unseen individuals, over classes", found.areas, "", 0.95),
         mean("the same, one of two pictures through the autoencoder", found.rebuilt, ""),
         mean("the same, a second thing in half the pictures", found.in_company, ""),

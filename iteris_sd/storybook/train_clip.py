@@ -1,8 +1,10 @@
 """Stage `clip`: the scorer, a small CLIP in open_clip's format, learnt from drawn scenes and their captions.
 
 Two losses share one image tower.  A picture finds its caption among others of its batch, and the other way
-round.  And a picture of a thing finds another picture of the same thing among things of its class, on another
-background or in company: so that marks and colours no caption names count as well.
+round; a quarter of these show a particular thing, whose caption names its class only: a scorer that had seen only
+generic things beside captions took no individual for its class, and the more a picture had of one, the less it
+fitted its prompt.  And a picture of a thing finds another picture of the same thing among things of its class, on
+another background or in company: so that marks and colours no caption names count as well.
 
 Half of the pictures are shown as the autoencoder gives them back, since every generated picture comes out of it. A
 scorer that had seen only drawn ones told individuals apart in those far better than in the same ones rebuilt.
@@ -41,13 +43,16 @@ WIDTH = 128  # of the embedding that both towers share
 SIDE = 96  # pictures are looked at in this size: marks still show, at under two thirds of the time of 128
 VISION: Mapping[str, Any] = {"layers": [1, 2, 2, 1], "width": 16, "head_width": 64, "image_size": SIDE}
 
-LOOKS = 992  # particular things drawn for the second loss
+LOOKS = 992  # particular things in ordinary colours, for both losses
+STRANGE_LOOKS = 320  # and in colours that no generic scene shows, as the eight individuals'
 VIEWS = 10  # pictures of each, one in each place: half of them alone, half in company
 LOOKS_SEED = 20_000_000
 OTHERS_SEED = 30_000_000  # things never trained on
+INDIVIDUALS_SEED = 40_000_000  # scenes with the eight individuals, never trained on
 STRANGERS = 192  # how many of them
 REBUILT = 12_000  # captioned scenes that are also shown as the autoencoder gives them back
 PAIRS = 32
+PARTICULAR = 4  # one in so many captioned pictures shows a particular thing
 SHARPNESS = 20.0  # inverse temperature of the second loss
 MAX_LOG_SCALE = float(np.log(100.0))
 
@@ -73,15 +78,35 @@ def particular_looks(count: int, seed: int) -> list[world.Look]:
     return looks
 
 
+def strange_looks(count: int, seed: int) -> list[world.Look]:
+    """`count` looks in colours that no caption names, class after class in turn, two in three with a mark."""
+    rng, classes = np.random.default_rng(seed), list(world.CLASSES.values())
+    colours = list(world.STRANGE)
+    looks = []
+    for k in range(count):
+        spec = classes[k % len(classes)]
+        mark = str(rng.choice(_marks(spec))) if rng.random() < 2 / 3 else None
+        looks.append(
+            world.Look(spec.name, str(rng.choice(colours)), str(rng.choice(spec.patterns)), mark=mark)
+        )
+    return looks
+
+
+def _marks(spec: world.ClassSpec) -> list[str]:
+    """The marks that things of a class bear."""
+    return [i.look.mark for i in world.INDIVIDUALS.values() if i.cls == spec.name and i.look.mark] or [
+        "badge"
+    ]
+
+
 def _all_looks(spec: world.ClassSpec) -> list[world.Look]:
     """Every look of a class that can be told from the others; a second colour shows only in a mark."""
-    marks = [i.look.mark for i in world.INDIVIDUALS.values() if i.cls == spec.name] or ["badge"]
     colours = tuple(spec.colours)
     return [world.Look(spec.name, colour, pattern) for colour in colours for pattern in spec.patterns] + [
         world.Look(spec.name, colour, pattern, mark=mark, accent=accent)
         for colour, accent in permutations(colours, 2)
         for pattern in spec.patterns
-        for mark in marks
+        for mark in _marks(spec)
     ]
 
 
@@ -138,25 +163,29 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Lessons:
     """Pictures as drawn, and as the autoencoder gives them back: captioned scenes (the first few of them rebuilt), and
-    `VIEWS` of each thing, (things, VIEWS, 128, 128, 3) uint8."""
+    `VIEWS` of each thing, (things, VIEWS, 128, 128, 3) uint8, with the `wordings` of each view's caption."""
 
     scenes: data.Scenes
     scenes_rebuilt: data.Scenes
     things: np.ndarray
     things_rebuilt: np.ndarray
+    wordings: Sequence[Sequence[str]]
 
     @staticmethod
     def drawn(run: Run, vae: AutoencoderKL) -> Lessons:
         """Draw and rebuild them, or open them."""
         folder = run.runs / "scenes"
         scenes = data.drawn(folder, run.scenes)
-        things = drawn_views(folder, particular_looks(LOOKS, LOOKS_SEED), LOOKS_SEED)
+        looks = particular_looks(LOOKS, LOOKS_SEED) + strange_looks(STRANGE_LOOKS, LOOKS_SEED)
+        things = drawn_views(folder, looks, LOOKS_SEED)
+        shown = [scene for k, look in enumerate(looks) for scene in views(look, LOOKS_SEED + k)]
         few = autoencoding.rebuilt(run.runs, "scenes", vae, scenes.pixels[:REBUILT], run.machine)
         return Lessons(
             scenes,
             data.Scenes(few, scenes.first),
             things,
             rebuilt_views(run, vae, f"views_{LOOKS_SEED}", things),
+            [data.scene_captions(scene, scene.seed) for scene in shown],
         )
 
     def captioned(self, count: int, rng: torch.Generator) -> tuple[list[int], np.ndarray]:
@@ -180,10 +209,22 @@ def rebuilt_views(run: Run, vae: AutoencoderKL, name: str, things: np.ndarray) -
 
 
 def contrastive_loss(
-    lessons: Lessons, ids: Tensor, batch: int, device: torch.device
+    lessons: Lessons, ids: Tensor, thing_ids: Tensor, batch: int, device: torch.device
 ) -> Callable[[CLIP, torch.Generator], Tensor]:
-    """The loss of `fit`: `batch` captioned scenes, and `PAIRS` pairs of pictures of things of one class."""
+    """The loss of `fit`: `batch` captioned pictures, and `PAIRS` pairs of pictures of things of one class.
+
+    `ids`: captions of scenes, (scenes, wordings, CONTEXT); `thing_ids`: of views, (things * VIEWS, wordings, CONTEXT).
+    """
     classes, things = len(world.CLASSES), len(lessons.things)
+    particular = batch // PARTICULAR
+
+    def captioned(rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pictures (batch, 3, h, w) and tokens (batch, CONTEXT): scenes, then views of particular things."""
+        rows, drawn = lessons.captioned(batch - particular, rng)
+        places = torch.randint(things * VIEWS, (particular,), generator=rng)
+        shown = lessons.seen((places // VIEWS).numpy(), (places % VIEWS).numpy(), rng)
+        said = torch.cat([_any_wording(ids[rows], rng), _any_wording(thing_ids[places], rng)])
+        return looked_at(np.concatenate([drawn, shown])), said.long()
 
     def pairs(rng: torch.Generator) -> Tensor:
         """(2 PAIRS, 3, h, w): each thing alone, then each in another view."""
@@ -197,9 +238,8 @@ def contrastive_loss(
         return pixels[:, torch.randperm(3, generator=rng)]
 
     def loss(module: CLIP, rng: torch.Generator) -> Tensor:
-        rows, drawn = lessons.captioned(batch, rng)
-        tokens = ids[rows, torch.randint(ids.shape[1], (batch,), generator=rng)].long()
-        pixels = disturbed(torch.cat([looked_at(drawn), pairs(rng)]), rng)
+        shown, tokens = captioned(rng)
+        pixels = disturbed(torch.cat([shown, pairs(rng)]), rng)
         pixels = pixels.to(device, memory_format=torch.channels_last)
         seen = module.encode_image(pixels, normalize=True).float()
         pictures, one, two = seen.split([batch, PAIRS, PAIRS])
@@ -208,6 +248,11 @@ def contrastive_loss(
         return contrast(pictures, said, scale) + contrast(one, two, SHARPNESS)
 
     return loss
+
+
+def _any_wording(ids: Tensor, rng: torch.Generator) -> Tensor:
+    """One wording of each caption, (n, CONTEXT), of (n, wordings, CONTEXT)."""
+    return ids[torch.arange(len(ids)), torch.randint(ids.shape[1], (len(ids),), generator=rng)]
 
 
 # ---------------------------------------------------------------- figures
@@ -318,12 +363,15 @@ def _module(run: Run, vocabulary: int) -> CLIP:
 
 @dataclass(frozen=True, eq=False)
 class Unseen:
-    """What the scorer is measured on: scenes with two captions each, and `VIEWS` pictures of things, never learnt;
-    these also as the autoencoder gives them back."""
+    """What the scorer is measured on: scenes with two captions each, scenes with the eight individuals and a caption
+    that names their class, and `VIEWS` pictures of things, never learnt; these also as the autoencoder gives them
+    back."""
 
     pixels: np.ndarray
     full: Sequence[str]
     usual: Sequence[str]
+    individuals: np.ndarray
+    named: Sequence[str]
     things: np.ndarray
     rebuilt: np.ndarray
 
@@ -337,11 +385,20 @@ class Unseen:
         strangers = particular_looks(LOOKS + STRANGERS, LOOKS_SEED)[LOOKS:]
         things = drawn_views(directory, strangers, OTHERS_SEED)
         rebuilt = rebuilt_views(run, vae, f"views_{OTHERS_SEED}", things)
-        return Unseen(scenes.pixels[:], [c[0] for c in captions], [c[1] for c in captions], things, rebuilt)
+        met = [in_company(k) for k in range(QUERIES)]
+        return Unseen(
+            scenes.pixels[:],
+            [c[0] for c in captions],
+            [c[1] for c in captions],
+            np.stack([np.asarray(world.draw(scene)) for scene in met]),
+            [data.scene_captions(scene, scene.seed)[0] for scene in met],
+            things,
+            rebuilt,
+        )
 
     def measured(self, module: CLIP, tokenizer: CLIPTokenizer) -> Measured:
         """What the scorer makes of it."""
-        pictures = embedded(module, self.pixels)
+        pictures, individuals = embedded(module, self.pixels), embedded(module, self.individuals)
         things, rebuilt = (
             embedded(module, views.reshape(-1, *views.shape[2:])).unflatten(0, views.shape[:2])
             for views in (self.things, self.rebuilt)
@@ -350,15 +407,27 @@ class Unseen:
         return Measured(
             retrieval(module, tokenizer, pictures, self.full),
             retrieval(module, tokenizer, pictures, self.usual),
+            retrieval(module, tokenizer, individuals, self.named),
             told_apart(things[:, alone], things[:, alone], classes),
             told_apart(things[:, alone], rebuilt[:, alone], classes),
             told_apart(things, things, classes),
         )
 
 
+def in_company(k: int) -> world.Scene:
+    """Held-out scene k of one of the eight individuals, in turn, beside a generic thing."""
+    rng = np.random.default_rng((INDIVIDUALS_SEED, k))
+    name = list(world.INDIVIDUALS)[k % len(world.INDIVIDUALS)]
+    background = str(rng.choice(list(world.BACKGROUNDS)))
+    cls = str(rng.choice([c for c in world.CLASSES if c != world.INDIVIDUALS[name].cls]))
+    other = world.sample_look(cls, background, rng, sized=False)
+    return world.place(name, background, int(rng.integers(2**31)), [other], "next to")
+
+
 @dataclass(frozen=True)
 class Measured:
-    """Whether each caption found its picture, by full and by usual captions; and the AUC of each class.
+    """Whether each caption found its picture, by full and by usual captions, and of the scenes with individuals; and
+    the AUC of each class.
 
     `areas` are of pictures of one thing, `rebuilt` those of a drawn picture and one that came through the autoencoder.
     Those `in_company` count pictures with a second thing, too: what an embedding of a whole picture says of them is as
@@ -367,6 +436,7 @@ class Measured:
 
     full: list[bool]
     usual: list[bool]
+    named: list[bool]
     areas: list[float]
     rebuilt: list[float]
     in_company: list[float]
@@ -376,6 +446,7 @@ class Measured:
         return [
             (f"retrieval of 1 of {CHOICES}, full captions", len(self.full), f"{np.mean(self.full):.4f}"),
             (f"retrieval of 1 of {CHOICES}, any caption", len(self.usual), f"{np.mean(self.usual):.4f}"),
+            ("the same, the eight individuals in company", len(self.named), f"{np.mean(self.named):.4f}"),
             ("AUC of unseen individuals, mean of classes", len(self.areas), f"{np.mean(self.areas):.4f}"),
             ("the same, one of two pictures rebuilt", len(self.areas), f"{np.mean(self.rebuilt):.4f}"),
             (
@@ -392,8 +463,10 @@ def train(run: Run) -> None:
     lessons = Lessons.drawn(run, vae)
     captions = lessons.scenes.captions()
     tokenizer = _tokenizer(run, captions)
-    ids = tokenised(tokenizer, [c for wordings in captions for c in wordings])
-    ids = ids.view(len(captions), -1, CONTEXT)
+    ids, thing_ids = (
+        tokenised(tokenizer, [c for wordings in every for c in wordings]).view(len(every), -1, CONTEXT)
+        for every in (captions, lessons.wordings)
+    )
     unseen = Unseen.drawn(run, vae)
     plan = Plan(
         "clip",
@@ -416,6 +489,6 @@ def train(run: Run) -> None:
 
     torch.manual_seed(plan.seed)
     module = _module(run, len(tokenizer))
-    loss = contrastive_loss(lessons, ids, plan.batch, run.machine.device)
+    loss = contrastive_loss(lessons, ids, thing_ids, plan.batch, run.machine.device)
     average = fit(plan, module, loss, run.runs / "clip", run.machine, measure)
     write(average, len(tokenizer), run.assets / "scorer")

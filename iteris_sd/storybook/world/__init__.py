@@ -7,6 +7,7 @@ from iteris_sd.storybook.world.catalogue import (
     EXCLUSIVE,
     RELATIONS,
     SIZES,
+    STRANGE,
     ClassSpec,
 )
 from iteris_sd.storybook.world.drawing import draw, placed
@@ -32,6 +33,7 @@ __all__ = [
     "ClassSpec",
     "COLOURS",
     "EXCLUSIVE",
+    "STRANGE",
     "INDIVIDUALS",
     "RELATIONS",
     "SIZES",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from iteris_sd.storybook.world.painting import animals, objects, places
 from iteris_sd.storybook.world.painting.brush import RGB, Painter
 
@@ -395,3 +397,22 @@ EXCLUSIVE: Mapping[str, tuple[RGB, RGB]] = {
     "teal-yellow": ((18, 146, 146), (255, 214, 40)),
     "pink-orange": ((250, 84, 160), (255, 146, 30)),
 }
+
+_APART = 80.0  # how far a strange colour is from an individual's at least, as RGB
+
+
+def _strange(count: int) -> dict[str, tuple[RGB, RGB]]:
+    """Pairs of colours drawn by chance, their own far from every individual's."""
+    rng, found = np.random.default_rng(11), dict[str, tuple[RGB, RGB]]()
+    taken = np.array([main for main, _ in EXCLUSIVE.values()])
+    while len(found) < count:
+        main, accent = rng.integers(16, 256, (2, 3))
+        if np.linalg.norm(taken - main, axis=1).min() > _APART < np.linalg.norm(accent - main):
+            r, g, b = main.tolist()
+            found[f"strange {len(found) + 1}"] = (r, g, b), tuple(accent.tolist())
+    return found
+
+
+# Likewise colours that no caption names, and no individual has: for things that are like nothing in a generic scene.
+STRANGE: Mapping[str, tuple[RGB, RGB]] = _strange(48)
+UNNAMED: Mapping[str, tuple[RGB, RGB]] = {**EXCLUSIVE, **STRANGE}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from iteris_sd.storybook.world.catalogue import BACKGROUNDS, CLASSES, EXCLUSIVE
+from iteris_sd.storybook.world.catalogue import BACKGROUNDS, CLASSES, UNNAMED
 from iteris_sd.storybook.world.layout import CANVAS, Placed, lay_out
 from iteris_sd.storybook.world.painting import light, objects, styles
 from iteris_sd.storybook.world.painting.brush import Brush, Paint, darker, heart, lighter, luma, star
@@ -51,13 +51,13 @@ def _paint(brush: Brush, look: Look) -> None:
 
 def _paint_of(look: Look) -> Paint:
     colours = CLASSES[look.cls].colours
-    if look.colour in EXCLUSIVE:
-        main, accent = EXCLUSIVE[look.colour]
+    if look.colour in UNNAMED:
+        main, accent = UNNAMED[look.colour]
     else:
         main = colours[look.colour]
         accent = darker(main, 0.34) if luma(main) > 75 else lighter(main, 0.16)
     if look.accent is not None:
-        accent = EXCLUSIVE[look.accent][1] if look.accent in EXCLUSIVE else colours[look.accent]
+        accent = UNNAMED[look.accent][1] if look.accent in UNNAMED else colours[look.accent]
     return Paint(main, accent, look.pattern, look.mark)
 
 

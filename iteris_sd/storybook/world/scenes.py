@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iteris_sd.storybook.world.catalogue import BACKGROUNDS, CLASSES, COLOURS, EXCLUSIVE, RELATIONS, SIZES
+from iteris_sd.storybook.world.catalogue import BACKGROUNDS, CLASSES, COLOURS, RELATIONS, SIZES, UNNAMED
 from iteris_sd.storybook.world.painting.light import TIMES
 
 STYLES = ("plain", "watercolour")
@@ -16,7 +16,7 @@ MAX_THINGS = 3
 
 @dataclass(frozen=True)
 class Look:
-    """What one thing looks like.  `mark`, `accent` and `EXCLUSIVE` colours are for individuals only."""
+    """What one thing looks like.  `mark`, `accent` and `UNNAMED` colours are for individuals only."""
 
     cls: str
     colour: str
@@ -30,7 +30,7 @@ class Look:
         if self.cls not in CLASSES:
             raise ValueError(f"unknown class {self.cls!r}; known: {sorted(CLASSES)}")
         for colour in (self.colour, self.accent):
-            if colour is not None and colour not in CLASSES[self.cls].colours and colour not in EXCLUSIVE:
+            if colour is not None and colour not in CLASSES[self.cls].colours and colour not in UNNAMED:
                 raise ValueError(f"{self.cls} has no colour {colour!r}")
         if self.mark == "badge" and CLASSES[self.cls].badge is None:
             raise ValueError(f"{self.cls} bears no badge")
@@ -40,7 +40,7 @@ class Look:
     @property
     def individual(self) -> bool:
         """Whether this is the look of a particular individual."""
-        return self.mark is not None or self.colour in EXCLUSIVE
+        return self.mark is not None or self.colour in UNNAMED
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(model, made.__name__, made)
     for name, value in {"TEXT_WIDTH": 16, "TEXT_LAYERS": 1, "TEXT_HEADS": 2}.items():
         monkeypatch.setattr(model, name, value)
-    for name, value in {"LOOKS": 64, "STRANGE_LOOKS": 32, "STRANGERS": 32, "PAIRS": 4, "QUERIES": 64}.items():
+    for name, value in {"LOOKS": 32, "STRANGE_LOOKS": 16, "STRANGERS": 32, "PAIRS": 2, "QUERIES": 64}.items():
         monkeypatch.setattr(train_clip, name, value)
     vision = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "image_size": 96}
     monkeypatch.setattr(train_clip, "VISION", vision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import typer
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from iteris_sd import events
 from iteris_sd.errors import UserError
+from iteris_sd.generators import finish
 
 if TYPE_CHECKING:
     from iteris_sd.events import Event
@@ -42,13 +43,11 @@ def watched(work: Generator[Event, None, T]) -> T:
         TimeElapsedColumn(),
     )
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with closing(work), bar:
+    with bar:
         task = bar.add_task("Starting", total=None)
-        while True:
-            try:
-                event = next(work)
-            except StopIteration as end:
-                result: T = end.value
-                return result
+
+        def show(event: Event) -> None:
             if isinstance(event, events.Progress):
                 bar.update(task, description=event.stage, completed=event.done, total=event.total)
+
+        return finish(work, show)

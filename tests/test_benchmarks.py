@@ -17,6 +17,7 @@ from iteris_sd import limits, sd15
 from iteris_sd.benchmarks import authors, composing, measuring, merging, problems, rendering
 from iteris_sd.benchmarks.problems import KV_WIDTHS, Size
 from iteris_sd.cli import app
+from iteris_sd.errors import UserError
 from iteris_sd.sd15 import UNET
 
 TINY = Size(samples=6, rank=2, layers=2, width=32, positions=9, kv_widths=(24, 40), latents=8)
@@ -149,6 +150,20 @@ def test_pairs_are_drawn_as_suits_the_base_model() -> None:
     job = composing.Job(("a", "b"), ("base", "linear"), base="sd15", prompts=1)
     (recipe,) = composing._recipes(job, ("a", "b"))
     assert (recipe.sampler, recipe.steps, recipe.guidance) == ("dpm++", 25, 7.5)
+
+
+def test_scores_are_in_the_table_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "shots.csv"
+    path.write_text("of another day", encoding="utf-8")
+    keep = composing.table(path)
+    for seed in range(2):
+        keep([shot(("a", "b"), "linear", 0.5, seed)])
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["seed"] for row in rows] == ["0", "1"][: seed + 1]
+    assert (rows[0]["text"], rows[0]["minimum"], rows[0]["crop_minimum"]) == ("0.5", "0.25", "")
+    with pytest.raises(UserError, match="cannot be written"):
+        composing.table(tmp_path)
 
 
 def test_every_pair_is_composed_in_prompts_and_seeds_of_its_own(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class Shot:
     scores: Mapping[str, float]
 
 
+Keep = Callable[[Iterable[Shot]], None]
+
+
 @dataclass(frozen=True)
 class Figure:
     """A method's mean of one measure over `pairs` pairs with `pictures` pictures in all, and its 95 % interval.
@@ -91,17 +94,23 @@ def job(
     return Job(tuple(dict.fromkeys(names)), tuple(columns), base, prompts, seeds)
 
 
-def shots(job: Job, library: Library) -> Generator[Event, None, list[Shot]]:
-    """Compose everything; yield what happens meanwhile, return all pictures' scores. Raises UserError as `compose`."""
+def shots(job: Job, library: Library, keep: Keep | None = None) -> Generator[Event, None, list[Shot]]:
+    """Compose everything; yield what happens meanwhile, return all pictures' scores. Raises UserError as `compose`.
+
+    `keep` is given the pictures' scores as they come: hours of work are not lost with its last minute.
+    """
     found: list[Shot] = []
     for done, pair in enumerate(job.pairs):
         yield Progress(f"{' and '.join(pair)}, pair {done + 1} of {len(job.pairs)}", done, len(job.pairs))
         for recipe in _recipes(job, pair):
             made = yield from composer.compose(recipe, library)
-            found += [
+            new = [
                 Shot(pair, recipe.prompt, picture.seed, picture.method, scoring.measures(picture.score))
                 for picture in made.pictures
             ]
+            found += new
+            if keep is not None:
+                keep(new)
     return found
 
 
@@ -150,18 +159,22 @@ def _over_pairs(values: Mapping[Any, Sequence[float]]) -> tuple[float, float | N
     return intervals.mean_and_interval([sum(several) / len(several) for several in values.values()])
 
 
-def write_csv(found: Iterable[Shot], path: Path) -> None:
-    """One row a picture. Raises UserError when `path` cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(("one", "other", "prompt", "seed", "method", *MEASURES))
-            for shot in found:
-                scores = [shot.scores.get(measure, "") for measure in MEASURES]
-                table.writerow((*shot.pair, shot.prompt, shot.seed, shot.method, *scores))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}).") from error
+def table(path: Path) -> Keep:
+    """What adds a row a picture to `path`, begun anew here. Raises UserError when it cannot be written, then as now."""
+
+    def add(rows: Iterable[Sequence[Any]], mode: str = "a") -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open(mode, newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror or error}).") from error
+
+    add([("one", "other", "prompt", "seed", "method", *MEASURES)], "w")
+    return lambda found: add(
+        (*shot.pair, shot.prompt, shot.seed, shot.method, *(shot.scores.get(name, "") for name in MEASURES))
+        for shot in found
+    )
 
 
 def described(job: Job, found: Sequence[Figure]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def bench_compose(
     prompts: Annotated[int, typer.Option(help="Prompts for each pair.", min=1)] = 4,
     seeds: Annotated[int, typer.Option(help="Seeds for each prompt.", min=1)] = 1,
     table: Annotated[
-        Path | None, typer.Option("--csv", help="Also write the scores of every picture here.")
+        Path | None, typer.Option("--csv", help="Also write the scores of every picture here, as they come.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -87,11 +87,9 @@ def bench_compose(
             export.check_folder(table.parent)
         library, base = asking.at_hand(), checkpoints.opened(base).name
         job = composing.job(library, base, names or [], asking.words(methods), prompts, seeds)
-        found = watched(composing.shots(job, library))
-        made = composing.figures(found)
+        keep = None if table is None else composing.table(table)
+        made = composing.figures(watched(composing.shots(job, library, keep)))
         if as_json:
             printing.as_json(composing.described(job, made))
         else:
             printing.alignments(composing.rows(made), [*composing.MEASURES.values()])
-        if table is not None:
-            composing.write_csv(found, table)

@@ -454,7 +454,7 @@ def opened(run: Run, output: Path) -> Bench:
         open_clip.get_tokenizer(place),
         run.machine.device,
     )
-    oracle = train_oracle.load(run.runs).to(run.machine.device)
+    oracle = train_oracle.load(run.assets).to(run.machine.device)
     return Bench(backbone.Backbone(base, pipeline), oracle, judge, run, output)
 
 
@@ -482,7 +482,9 @@ def main() -> None:
     """Read the command line, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for report.md, CSVs and sheets")
-    parser.add_argument("--runs", type=Path, default=Path("runs/storybook"), help="where the oracle is")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/storybook"), help="where drawn scenes are kept"
+    )
     parser.add_argument("--assets", type=Path, default=bases.ASSETS, help="the weights to measure")
     parser.add_argument("--count", type=int, default=400, help="pictures per figure; concepts: a tenth each")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")

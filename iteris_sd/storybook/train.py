@@ -1,7 +1,7 @@
 """Train Storybook from nothing: `python -m iteris_sd.storybook.train --stage vae|clip|unet|oracle|concepts|all`.
 
-Each stage resumes from its checkpoint under `--runs`, and writes its averaged weights, in fp16, to `--assets`; but the
-oracle stays under `--runs`, and `concepts` makes those that are not there yet. It runs on a GPU if there is one.
+Each stage resumes from its checkpoint under `--runs`, and writes its averaged weights, in fp16, to `--assets`; but
+`concepts` makes those that are not there yet. It runs on a GPU if there is one.
 """
 
 from __future__ import annotations

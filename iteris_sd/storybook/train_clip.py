@@ -51,9 +51,11 @@ OTHERS_SEED = 30_000_000  # things never trained on
 INDIVIDUALS_SEED = 40_000_000  # scenes with the eight individuals, never trained on
 STRANGERS = 192  # how many of them
 REBUILT = 12_000  # captioned scenes that are also shown as the autoencoder gives them back
-PAIRS = 32
+PAIRS = 64
+IN_COMPANY = 0.75  # of the second pictures of pairs: there a mark is hardest to tell
+LIKENESS = 2.0  # weight of the second loss
 PARTICULAR = 4  # one in so many captioned pictures shows a particular thing
-SHARPNESS = 20.0  # inverse temperature of the second loss
+SHARPNESS = 40.0  # inverse temperature of the second loss
 MAX_LOG_SCALE = float(np.log(100.0))
 
 QUERIES = 512  # held-out scenes that the retrieval figure is measured on
@@ -231,7 +233,9 @@ def contrastive_loss(
         cls = int(torch.randint(classes, (), generator=rng))
         rows = cls + classes * torch.randperm(things // classes, generator=rng)[:PAIRS].numpy()
         alone = torch.randint(VIEWS // 2, (PAIRS,), generator=rng).numpy()
-        other = (alone + torch.randint(1, VIEWS, (PAIRS,), generator=rng).numpy()) % VIEWS
+        other = (alone + torch.randint(1, VIEWS // 2, (PAIRS,), generator=rng).numpy()) % (VIEWS // 2)
+        met = torch.randint(VIEWS // 2, VIEWS, (PAIRS,), generator=rng).numpy()
+        other = np.where((torch.rand(PAIRS, generator=rng) < IN_COMPANY).numpy(), met, other)
         both = np.concatenate([rows, rows]), np.concatenate([alone, other])
         pixels = looked_at(lessons.seen(*both, rng))
         # One order of the colour channels for all, so that it tells nobody apart.
@@ -245,7 +249,7 @@ def contrastive_loss(
         pictures, one, two = seen.split([batch, PAIRS, PAIRS])
         said = module.encode_text(tokens.to(device), normalize=True).float()
         scale = module.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
-        return contrast(pictures, said, scale) + contrast(one, two, SHARPNESS)
+        return contrast(pictures, said, scale) + LIKENESS * contrast(one, two, SHARPNESS)
 
     return loss
 

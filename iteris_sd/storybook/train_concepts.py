@@ -1,7 +1,8 @@
-"""Stage `concepts`: a LoRA and a token for each individual, learnt from ten pictures of it.
+"""Stage `concepts`: a LoRA and a token for each individual, learnt from ten pictures of it, or twenty.
 
 Five show it alone, and are kept as its reference pictures; five show it in company, as people's photos do: without
-them a LoRA forgets how to draw a second thing.  All ten are on the same five backgrounds of the ten.
+them a LoRA forgets how to draw a second thing.  Three gave their own colours to all that stood beside them all the
+same; these are shown beside a thing of each other class.  All are on the same five backgrounds of the ten.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SETTINGS = Settings(
     layers="transformer",
     inversion_steps=60,
     inversion_rate=3e-3,
-    lora_steps=600,
+    lora_steps=900,
     unet_rate=1.5e-3,
     text_encoder_rate=5e-4,
     token_rate=1e-3,
@@ -64,7 +65,10 @@ COMPANY = {
     "flower": "wooden pot",
     "wooden pot": "flower",
     "sunglasses": "dog",
-}  # for each class, what it is joined to in one of its pictures
+}  # for each class, what it is joined to in its picture with it
+RELATIONS = ("next to", "to the left of", "to the right of", "in front of")
+WELL_MET = frozenset({"dog", "teddybear", "barn"})  # shown beside each other class, the others beside five
+ALONE = 3  # a picture of these alone is shown as often as so many in company
 
 PRIOR_OF_CLASS = 600  # generic scenes that show the class, so that its noun stays generic
 PRIOR_OTHERS = 300  # and that do not, so that nothing else is forgotten
@@ -122,20 +126,30 @@ def references(subject: Subject) -> list[world.Scene]:
 
 
 def company(subject: Subject) -> list[world.Scene]:
-    """Five scenes of the individual with a generic thing each, one on each of `PLACES`."""
+    """Scenes of the individual with a generic thing each, on `PLACES` in turn."""
     rng = np.random.default_rng((subject.number, 5))
     others = [c for c in rng.permutation(list(world.CLASSES)).tolist() if c != subject.noun]
-    relations = ["next to", "to the left of", "to the right of", "in front of"]
     scenes = []
-    for k, background in enumerate(PLACES):
-        relation, cls = relations[k] if k < len(relations) else None, others[k]
-        if k == len(relations) and subject.noun in COMPANY:
-            cls = COMPANY[subject.noun]
-            relation = "wearing" if "sunglasses" in (cls, subject.noun) else "in"
+    for k, (cls, relation) in enumerate(_beside(subject, others)):
+        background = PLACES[k % len(PLACES)]
         other = world.sample_look(cls, background, rng, sized=False)
         seed = data.HELD_OUT + 1000 * (1 + subject.number) + 100 + k
         scenes.append(world.place(subject.name, background, seed, [other], relation))
     return scenes
+
+
+def _beside(subject: Subject, others: list[str]) -> list[tuple[str, str | None]]:
+    """The class of each thing that the individual is shown with, and how they stand."""
+    joined = COMPANY.get(subject.noun)
+    how = "wearing" if "sunglasses" in (joined, subject.noun) else "in"
+    if subject.name in WELL_MET:
+        relations = RELATIONS * len(others)
+        return [
+            (cls, how if cls == joined else relation)
+            for cls, relation in zip(others, relations, strict=False)
+        ]
+    last = (joined, how) if joined else (others[len(RELATIONS)], None)
+    return [*zip(others, RELATIONS, strict=False), last]
 
 
 def wordings(subject: Subject, scene: world.Scene, count: int = 12) -> list[str]:
@@ -223,7 +237,7 @@ def _told(name: str, run: Generator[Progress, None, Trained]) -> Trained:
 
 def _described(subject: Subject, settings: Settings, run: Run) -> dict[str, Any]:
     """What `concept.json` says."""
-    steps = "" if run.steps is None else f" --steps {run.steps}"
+    how = f"--stage concepts --scenes {run.scenes} --steps {settings.lora_steps}"
     return {
         "name": subject.name,
         "title": subject.title,
@@ -234,8 +248,8 @@ def _described(subject: Subject, settings: Settings, run: Run) -> dict[str, Any]
         "licence": "Apache-2.0",
         "description": subject.individual.description,
         "made": {
-            "command": f"python -m iteris_sd.storybook.train --stage concepts{steps}",
-            "pictures": 2 * len(PLACES),
+            "command": f"python -m iteris_sd.storybook.train {how}",
+            "pictures": len(references(subject)) + len(company(subject)),
             "generic_scenes": PRIOR_OF_CLASS + PRIOR_OTHERS,
             "scenes": run.scenes,
             "seed": settings.seed,
@@ -274,7 +288,7 @@ def _make(
     scenes = references(subject)
     for k, scene in enumerate(scenes, start=1):
         world.draw(scene).save(folder / "references" / f"{k}.png", optimize=True)
-    scenes += company(subject)
+    scenes = (ALONE if subject.name in WELL_MET else 1) * scenes + company(subject)
     prior = generic(run, pipeline, subject, settings.seed)
     photos, captions = [world.draw(s) for s in scenes], [wordings(subject, s) for s in scenes]
     with run.machine.autocast():

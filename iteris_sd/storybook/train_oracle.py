@@ -2,7 +2,7 @@
 
 A small convolutional net gives features F (width, 8, 8) and one map M_c of scores per class c.  Class c is there if
 the log-sum-exp of M_c says so; softmax(M_c) says where to look: the mean of F under it names the colour, and the
-mean position under it is the place.  The report judges generated pictures by it; it is no part of what ships.
+mean position under it is the place.  The report judges generated pictures by it; nothing else needs it.
 
 A part of each batch shows one of the eight individuals, alone or with a generic thing: no other scene has their looks,
 and a judge that never saw them did not take a heart-shaped pair of sunglasses for sunglasses.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ KIN_SEED = 50_000_000
 KIN_UNSEEN_SEED = 60_000_000  # those that it is judged on
 KIN_SHARE = 4  # one in so many pictures of a batch
 JUDGED = 1000  # held-out scenes its accuracy is measured on
-FILE = Path("oracle") / "oracle.pt"
+FILE = Path("oracle") / "oracle.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,20 +220,20 @@ def marks(verdict: Verdict, truth: Truth) -> dict[str, list[bool]]:
     return {"classes": sets.tolist(), "colour": colours.tolist(), "side": sides}
 
 
-def load(runs: Path) -> Oracle:
+def load(assets: Path) -> Oracle:
     """The trained oracle. Raises FileNotFoundError, and says what to do, if there is none."""
-    path = runs / FILE
+    path = assets / FILE
     if not path.exists():
         raise FileNotFoundError(
             f"There is no oracle at {path}; run `python -m iteris_sd.storybook.train --stage oracle` first."
         )
     module = Oracle()
-    module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    load_model(module, path)
     return channels_last(module.eval().requires_grad_(False))
 
 
 def train(run: Run) -> None:
-    """Train and write the oracle under `runs`."""
+    """Train and write the oracle, in fp16."""
     drawn = data.drawn(run.runs / "scenes", run.scenes)
     generic = Lesson(drawn, Truth.of([world.sample(seed) for seed in range(run.scenes)]))
     individuals = drawn_kin(run.runs / "scenes", KIN, KIN_SEED)
@@ -259,8 +260,10 @@ def train(run: Run) -> None:
         print(f"oracle step {step}: individuals, classes {np.mean(right):.4f} (n = {len(right)})", flush=True)
 
     torch.manual_seed(plan.seed)
-    module = load(run.runs) if run.warm else Oracle()
+    module = load(run.assets) if run.warm else Oracle()
     module = channels_last(module.requires_grad_(True).to(run.machine.device))
     loss = judging_loss(generic, individuals, plan.batch, run.machine.device)
     average = fit(plan, module, loss, run.runs / "oracle", run.machine, measure)
-    torch.save(average.state_dict(), run.runs / FILE)
+    (run.assets / FILE).parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.half().contiguous() for name, value in average.state_dict().items()}
+    save_file(weights, run.assets / FILE, metadata={"format": "pt"})

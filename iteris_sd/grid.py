@@ -65,7 +65,7 @@ def _cell(picture: Picture | None, width: int) -> Image.Image:
     height = round(width * picture.image.height / picture.image.width)
     enlarged = picture.image.resize((width, height), Image.Resampling.LANCZOS)
     scores = {"text": picture.score.text, **picture.score.images}
-    caption = [f"{name} {value:.2f}" for name, value in scores.items() if value is not None]
+    caption = [f"{name} {value:z.2f}" for name, value in scores.items() if value is not None]
     caption += [FLAGGED] if picture.flagged else []
     return _below([enlarged, _text(caption, CAPTION, width, FAINT, between="   ")], gap=GAP // 3)
 

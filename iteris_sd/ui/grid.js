@@ -8,7 +8,8 @@ const add = (parent, kind, name, text) => {
   if (text !== undefined) node.textContent = text;
   return parent.appendChild(node);
 };
-const number = (value) => (typeof value === 'number' ? value.toFixed(2) : '–');
+const fixed = (value, digits) => value.toFixed(digits).replace(/^-(0\.0*)$/, '$1');  // no minus before a zero
+const number = (value) => (typeof value === 'number' ? fixed(value, 2) : '–');
 const key = (row, column) => `${row}|${column}`;
 let order = '', hidden = new Set(), shape = '', places = new Map();
 const data = () => props.value || { columns: [], rows: [], measures: [], main: [], cells: {}, previews: {} };
@@ -32,7 +33,7 @@ const enlarge = (place) => {
   for (const measure of data().measures) {
     if (typeof cell.scores[measure.id] !== 'number') continue;
     add(table, 'dt', '', measure.title);
-    add(table, 'dd', '', cell.scores[measure.id].toFixed(3));
+    add(table, 'dd', '', fixed(cell.scores[measure.id], 3));
   }
   const bar = add(words, 'div', 'bar');
   const button = (label, act) => {

@@ -192,7 +192,7 @@ def _cell(one: Drawn, recipe: Recipe) -> dict[str, Any]:
     named = f"{what}, seed {one.seed}"
     named_so = ("text", *(f"image:{use.name}" for use in recipe.concepts), "minimum")
     shown = [m for m in named_so if m in one.measures]
-    told = ", ".join(f"{_short(m)} {one.measures[m]:.2f}" for m in shown)
+    told = ", ".join(f"{_short(m)} {one.measures[m]:z.2f}" for m in shown)
     subject = one.scene or fill(recipe.prompt, [use.name for use in recipe.concepts])
     return {
         "url": address(one.path),

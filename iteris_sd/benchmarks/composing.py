@@ -52,7 +52,7 @@ class Shot:
     scores: Mapping[str, float]
 
 
-Keep = Callable[[Iterable[Shot]], None]
+Keep = Callable[[Iterable[Shot]], None]  # what is done with scores as soon as they are there
 
 
 @dataclass(frozen=True)

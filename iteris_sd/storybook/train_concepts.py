@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,8 @@ def _beside(subject: Subject, others: list[str]) -> list[tuple[str, str | None]]
     joined = COMPANY.get(subject.noun)
     how = "wearing" if "sunglasses" in (joined, subject.noun) else "in"
     if subject.name in WELL_MET:
-        relations = RELATIONS * len(others)
-        return [
-            (cls, how if cls == joined else relation)
-            for cls, relation in zip(others, relations, strict=False)
-        ]
+        turns = zip(others, cycle(RELATIONS), strict=False)
+        return [(cls, how if cls == joined else relation) for cls, relation in turns]
     last = (joined, how) if joined else (others[len(RELATIONS)], None)
     return [*zip(others, RELATIONS, strict=False), last]
 
